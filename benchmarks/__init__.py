@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks: `python -m benchmarks`, and on a GPU machine `python -m benchmarks.gpu`."""

@@ -1,0 +1,336 @@
+"""`python -m benchmarks.gpu`: all that a machine with a GPU can tell, in one command and at most ten minutes.
+
+Checks on the hardware (answers in every dtype, determinism, CUDA graphs, host syncs and host cost, the first call on a cold
+cache), the benchmark battery, a sweep of launch configurations, the demo and the tests. Every part has its own share of the
+time; a part that fails is recorded, the others still run, and the exit code is 1. Results go to gpu.json and gpu.txt.
+
+With --dry the same runs on a CPU, cut short: only what calls CUDA is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported
+
+import torch
+
+from benchmarks import perturbation, suite, timing
+from fastprompt.ops import perturbation as ops
+from fastprompt.tuning.perturbation import Launch
+
+ROOT = Path(__file__).parent.parent
+SHARES = {"checks": 0.2, "battery": 0.35, "sweep": 0.2, "demo": 0.07, "tests": 0.18}  # of the time
+
+
+# ---- Checks ----
+
+
+def _shapes(device: torch.device, dry: bool) -> list[suite.Case]:
+    """One case of every kind of gradient."""
+    batch, dtype = (2, torch.float32) if dry else (256, torch.bfloat16)
+    make = [perturbation.padded(batch, 192, 224, dtype, ("both",)), perturbation.framed(batch, None, dtype, ("both",))]
+    make += [perturbation.framed(batch, 30, dtype, ("both",), prompts=10), perturbation.masked(batch, dtype, ("both",))]
+    return [case for cases in make for case in cases]
+
+
+def _inputs(case: suite.Case, device: torch.device) -> suite.Inputs:
+    return case.inputs(torch.Generator(device).manual_seed(1), device)
+
+
+def _ours(case: suite.Case) -> suite.Form:
+    return next(iter(case.forms.values()))
+
+
+def check_answers(device: torch.device, dry: bool) -> dict[str, float]:
+    """Every case of the battery in float32, float16 and bfloat16 against float64."""
+    errors = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        cases = perturbation.cases(device, dtype)
+        for case in [case for case in cases if not dry or case.name in ("demo size", "series")]:
+            inputs = _inputs(case, device)
+            truth = suite.truth_of(case, inputs)
+            found = suite.error(suite.bind(_ours(case), case, inputs)(), truth, case.mode)
+            errors[case.title] = found
+            assert found <= case.tolerance, f"{case.title}: error {found:.2g}, allowed {case.tolerance:.2g}"
+    return {"cases": len(errors), "largest": max(errors.values())}
+
+
+def check_determinism(device: torch.device, dry: bool) -> dict[str, int]:
+    """The same bits in 100 runs."""
+    runs = 3 if dry else 100
+    for case in _shapes(device, dry):
+        call = suite.bind(_ours(case), case, _inputs(case, device))
+        first = call()
+        for _ in range(runs):
+            assert all(map(torch.equal, call(), first)), f"{case.title}: other bits in another run"
+    return {"runs": runs}
+
+
+def check_graph(device: torch.device, dry: bool) -> dict[str, int]:
+    """A CUDA graph of forward and backward gives the eager bits, on new inputs too."""
+    for case in _shapes(device, dry):
+        inputs = _inputs(case, device)
+        call = suite.bind(_ours(case), case, inputs)
+        call()
+        if device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                captured = call()
+            with torch.no_grad():
+                inputs["g"].copy_(inputs["g"].flip(0))
+                inputs["prompt"].mul_(0.5)
+            graph.replay()
+            assert all(map(torch.equal, captured, call())), f"{case.title}: the replay differs"
+    return {"graphs": len(_shapes(device, dry))}
+
+
+def check_syncs(device: torch.device, dry: bool) -> dict[str, int]:
+    """No forward or backward waits for the device."""
+    for case in _shapes(device, dry):
+        call = suite.bind(_ours(case), case, _inputs(case, device))
+        call()
+        with _no_syncs(device):
+            call()
+    return {"syncs": 0}
+
+
+@contextlib.contextmanager
+def _no_syncs(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_host_cost(device: torch.device, dry: bool) -> dict[str, float]:
+    """Host microseconds a call, on inputs so small that the device is never waited for."""
+    count = 20 if dry else 1000
+    calls = perturbation.host_calls(device)
+    return {name: round(timing.host_cost(call, count, device) * 1e6, 2) for name, call in calls.items()}
+
+
+COLD = """
+import random, sys, time
+start = time.perf_counter()
+import torch
+from fastprompt.nn import LabelMap, PaddedPrompt
+device, batches = sys.argv[1], int(sys.argv[2])
+prompt = PaddedPrompt(224, 32, mean=0.5, std=0.25).to(device)
+labels = LabelMap(1000, 10).to(device)
+def step(batch):
+    x = torch.randint(256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
+    out = prompt(x)
+    logits = out.mean((2, 3)).repeat(1, 334)[:, :1000]
+    torch.nn.functional.cross_entropy(labels(logits), torch.zeros(batch, dtype=torch.int64, device=device)).backward()
+    if device == "cuda": torch.cuda.synchronize()
+step(64)
+print("first", time.perf_counter() - start, flush=True)
+sys.stdin.readline()
+random.seed(0)
+for _ in range(batches): step(random.randint(2, 256))
+"""
+
+
+def check_cold(device: torch.device, dry: bool) -> dict[str, float]:
+    """Seconds from the start of Python to the end of a first training step, and kernels compiled for new batch sizes."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-c", COLD, device.type, "2" if dry else "100"]
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+        start = time.perf_counter()
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+        assert child.stdout is not None
+        assert child.stdout.readline().startswith("first"), "the first step failed"
+        first, before = time.perf_counter() - start, len(list(Path(cache).rglob("*.cubin")))
+        child.communicate("\n", timeout=120)
+        more = len(list(Path(cache).rglob("*.cubin"))) - before
+    assert child.returncode == 0, "a step with another batch size failed"
+    return {"first_step_s": round(first, 2), "kernels": before, "compiled_for_new_batch_sizes": more}
+
+
+CHECKS = (check_answers, check_determinism, check_graph, check_syncs, check_host_cost, check_cold)
+
+
+def checks(device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
+    """Runs every check; a failure does not stop the next one."""
+    report: dict[str, Any] = {"failed": []}
+    for check in CHECKS:
+        name, start = check.__name__.removeprefix("check_"), time.perf_counter()
+        try:
+            report[name] = check(device, dry)
+            verdict = "ok  "
+        except Exception as failure:
+            report[name] = {"failed": f"{type(failure).__name__}: {failure}"[:500]}
+            report["failed"].append(name)
+            verdict = "FAIL"
+        print(f"{verdict} {name:12} {report[name]}  ({time.perf_counter() - start:.1f} s)", flush=True)
+    return report
+
+
+# ---- Sweep of launch configurations ----
+
+_TILES = ((512, 2), (1024, 4), (2048, 8), (2048, 4))  # BLOCK, num_warps
+LAUNCHES = [Launch(block, samples, 16, warps) for block, warps in _TILES for samples in (1, 2, 4)]
+LAUNCHES += [Launch(1024, 2, chunk, 4) for chunk in (8, 32)]
+
+
+def sweep(device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
+    """Times launch configurations on the goal shapes; the one in use is marked. Wrong answers are left out."""
+    batch, dtype = (2, torch.float32) if dry else (256, torch.bfloat16)
+    steps = ("forward", "backward")
+    cases = [case for size in (32, 192) for case in perturbation.padded(batch, size, 224, dtype, steps)]
+    cases += perturbation.framed(batch, None, dtype, steps, name="watermark")
+    start, report = time.perf_counter(), {}
+    for case in cases:
+        kernel = "forward" if case.mode == "forward" else "prompt_gradient"
+        generator = torch.Generator(device).manual_seed(0)
+        first = case.inputs(generator, device)
+        truth = suite.truth_of(case, first)
+        sets = [first, *(case.inputs(generator, device) for _ in range(timing.sets_needed(case.bytes, device) - 1))]
+        calls = {"in use": [suite.bind(_ours(case), case, inputs) for inputs in sets]}
+        for launch in LAUNCHES[:2] if dry else LAUNCHES:
+            if time.perf_counter() - start > seconds:
+                break
+            tuned = [_launched(call, kernel, launch) for call in calls["in use"]]
+            try:
+                if suite.error(tuned[0](), truth, case.mode) <= case.tolerance:
+                    calls[_label(launch)] = tuned
+            except Exception as failure:
+                print(f"{case.title}: {_label(launch)}: {type(failure).__name__}", flush=True)
+        times = timing.compare(calls, device, 0.01 if dry else 0.1)
+        ranked = sorted(times, key=lambda name: times[name].median)
+        report[case.title] = {name: times[name].median * 1e6 for name in ranked}
+        print(f"{case.title}  floor bytes {case.bytes / 1e6:.1f} MB", flush=True)
+        for name in ranked[:5] + [name for name in ranked[5:] if name == "in use"]:
+            rate = case.bytes / times[name].median / 1e9
+            print(f"  {name:28}{times[name].median * 1e6:>10.1f} us{rate:>10,.0f} GB/s  {times[name].clock}")
+    return report
+
+
+def _label(launch: Launch) -> str:
+    return f"{launch.BLOCK}x{launch.SAMPLES} chunk {launch.chunk} warps {launch.num_warps}"
+
+
+def _launched(call: timing.Call, kernel: str, launch: Launch) -> timing.Call:
+    """The call with another configuration of one kernel."""
+    original = ops.pick
+
+    def pick(name: str, *shape: Any) -> Launch:
+        return launch if name == kernel else original(name, *shape)
+
+    def run() -> Any:
+        ops.pick = pick  # type: ignore[assignment]
+        try:
+            return call()
+        finally:
+            ops.pick = original
+
+    return run
+
+
+# ---- All parts ----
+
+
+def _command(part: str, dry: bool, seconds: float, scratch: str) -> list[str]:
+    """What runs a part; what it knows it writes to <scratch>/<part>.json."""
+    python = [sys.executable, "-m"]
+    if part == "battery":
+        only = ["--device", "cpu", "--quick", "--case", "demo size"] if dry else ["--device", "cuda"]
+        return [*python, "benchmarks", *only, "--seconds", str(0.85 * seconds), "--json", f"{scratch}/{part}.json"]
+    if part == "demo":
+        return [*python, "fastprompt", *(["methods"] if dry else ["demo", "--seeds", "1", "--out", f"{scratch}/demo"])]
+    if part == "tests":
+        plugins = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        plugins += ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
+        return [*python, "pytest", "-q", "-p", "no:cacheprovider", *(["-q", "--collect-only"] if dry else plugins), "tests"]
+    own = [*python, "benchmarks.gpu", "--part", part, "--seconds", str(0.85 * seconds), "--out", scratch]
+    return own + (["--dry"] if dry else [])
+
+
+def _run(command: list[str], seconds: float, log: Any) -> int:
+    """Runs a command in its own process group, its output to `log`; 124 when the time was up."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment | {"PYTHONUNBUFFERED": "1"}, stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        return child.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        return 124
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs all parts, or the one that is named; 0 when nothing failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="for everything (default: %(default)s)")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder (default: %(default)s)")
+    parser.add_argument("--only", action="append", choices=SHARES, help="only these parts")
+    parser.add_argument("--dry", action="store_true", help="on a CPU, cut short")
+    parser.add_argument("--part", choices=("checks", "sweep"), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    device = torch.device("cpu" if options.dry else "cuda")
+    if not options.dry and not torch.cuda.is_available():
+        print("no GPU here; --dry runs on the CPU", file=sys.stderr)
+        return 1
+    if options.part:
+        random.seed(0)
+        own_stream = contextlib.nullcontext() if options.dry else torch.cuda.stream(torch.cuda.Stream())
+        with own_stream:
+            found = {"checks": checks, "sweep": sweep}[options.part](device, options.dry, options.seconds)
+        Path(options.out, f"{options.part}.json").write_text(json.dumps(found))
+        return int(bool(found.get("failed")))
+
+    start, out = time.perf_counter(), Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    total = 60 * options.minutes - 20  # for what starts and ends
+    report: dict[str, Any] = {"conditions": suite.conditions(device), "parts": {}}
+    parts = [part for part in SHARES if part in (options.only or SHARES)]
+    with (out / "gpu.txt").open("w+") as log, tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(report["conditions"], indent=1), file=log)
+        for place, part in enumerate(parts):
+            left = total - (time.perf_counter() - start)
+            seconds = max(1.0, left * SHARES[part] / sum(SHARES[later] for later in parts[place:]))
+            print(f"\n==== {part} ====", file=log, flush=True)
+            begun = time.perf_counter()
+            code = _run(_command(part, options.dry, seconds, scratch), seconds, log)
+            log.seek(0, os.SEEK_END)
+            spent = time.perf_counter() - begun
+            held = Path(scratch, f"{part}.json")
+            report["parts"][part] = {
+                "exit_code": code, "seconds": round(spent, 1),
+                "result": json.loads(held.read_text()) if held.exists() else {},
+            }  # fmt: skip
+            (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        verdicts = "\n".join(
+            f"{part:8} {'FAILED ' + str(done['exit_code']) if done['exit_code'] else 'ok'}  {done['seconds']} s"
+            for part, done in report["parts"].items()
+        )
+        print(f"\n==== summary ====\n{verdicts}", file=log, flush=True)
+        log.seek(0)
+        print(log.read())
+    return int(any(done["exit_code"] for done in report["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

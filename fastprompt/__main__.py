@@ -1,0 +1,37 @@
+"""The command line: `fastprompt demo`, `fastprompt methods`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 when it did what it says."""
+    parser = argparse.ArgumentParser(prog="fastprompt", description="Reprogram a frozen PyTorch model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="reprogram a frozen model of printed characters to read handwritten digits")
+    demo.add_argument("--out", default="fastprompt-demo", help="folder for pictures and checkpoint (default: %(default)s)")
+    demo.add_argument("--seeds", type=int, default=3, help="how many seeds to average over (default: %(default)s)")
+    demo.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    commands.add_parser("methods", help="list the methods and where they lie in the taxonomy")
+    options = parser.parse_args(arguments)
+    # torch is imported inside the commands: --help answers at once.
+    if options.command == "methods":
+        from fastprompt.methods import table
+
+        print(table())
+        return 0
+    from fastprompt.demo.run import run
+
+    try:
+        run(options.out, seeds=options.seeds, device=options.device)
+    except (ImportError, ValueError, OSError) as error:
+        print(f"fastprompt demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

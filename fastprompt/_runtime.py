@@ -1,0 +1,53 @@
+"""What this machine offers. No device is asked at import."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+import torch
+
+
+def _has(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules[package] is None: somebody has blocked it on purpose
+        return False
+
+
+HAS_TRITON = _has("triton")
+"""Whether the `triton` package can be imported."""
+
+INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether kernels run in Triton's interpreter, on CPU tensors. Read once, as Triton does when a kernel is defined."""
+
+
+@cache
+def arch(device: torch.device) -> str:
+    """The table key of a device: "cpu", "sm_90", "gfx942", ..."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def checking() -> bool:
+    """True when `FASTPROMPT_CHECK=1`: look at values (index ranges) on the GPU too, at the price of a sync."""
+    return os.environ.get("FASTPROMPT_CHECK", "0") == "1"
+
+
+def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's implementation for CUDA tensors: Triton launches on the current device, so that has to be theirs."""
+
+    @wraps(operator)
+    def run(first: torch.Tensor, *rest: Any) -> Any:
+        if first.device.index == torch.cuda.current_device():
+            return operator(first, *rest)
+        with torch.cuda.device(first.device):
+            return operator(first, *rest)
+
+    return run

@@ -1,0 +1,1 @@
+"""The embedded default of fastprompt: a small frozen model and real data, with no download."""

@@ -1,0 +1,1 @@
+"""Registered operators (`torch.ops.fastprompt.*`) and their `autograd.Function`s: schemas, implementations, fakes."""

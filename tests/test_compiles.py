@@ -1,0 +1,99 @@
+"""Every kernel and launch configuration compiles ahead of time, without a GPU, and the machine code is what was meant."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.aot import SHARED_LIMIT, TARGETS
+from tests.conftest import HAS_TRITON
+
+ROOT = Path(__file__).parent.parent
+GRADIENTS = ("prompt_gradient", "prompt_gradient_sum", "image_gradient", "cells_gradient", "map_labels_gradient")
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton to compile with")
+
+
+@functools.cache
+def table(target: str) -> list[dict]:
+    """What `python -m tests.aot` made of every launch, in a process without the interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.aot", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# sm_90 and the other vendor on every run; the others differ little from them and are in the slow run.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100")]
+
+
+@pytest.fixture(scope="module", params=["sm_90", "gfx942", *SLOW])
+def target(request) -> str:
+    return request.param
+
+
+def test_targets_are_the_promised_ones():
+    assert set(TARGETS) == {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+def test_every_kernel_is_compiled(target):
+    written = {
+        node.name
+        for path in (ROOT / "kernels").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert written
+    assert {row["name"] for row in table(target)} == written
+
+
+def test_resources_stay_within_the_machine(target):
+    for row in table(target):
+        assert row["shared"] <= SHARED_LIMIT[target], row
+        if target.startswith("sm_"):
+            assert row["spills"] == 0, row
+            assert row["registers"] <= 255, row
+
+
+def test_no_tf32_and_no_atomics_in_gradients(target):
+    if not target.startswith("sm_"):
+        assert table(target)
+        return
+    for row in table(target):
+        assert not row["tf32"], row
+        if row["name"].removesuffix("_kernel") in GRADIENTS:
+            assert not row["atomics"], row
+
+
+def test_accesses_are_wide(target):
+    """The forward pass stores 16 bytes a thread; the gradient reads 16 bytes of a half-precision g a thread."""
+    if not target.startswith("sm_"):
+        assert table(target)
+        return
+    stores = [row["wide"]["st"] for row in table(target) if row["name"] == "perturb_forward_kernel"]
+    assert stores
+    assert all(widths == [16] for widths in stores), stores
+    loads = [row["wide"]["ld"] for row in table(target) if row["name"] == "prompt_gradient_kernel"]
+    assert sum(16 in widths for widths in loads) > 0.7 * len(loads), loads
+
+
+def test_every_configuration_is_compiled(target):
+    from fastprompt.tuning import mapping, perturbation
+
+    compiled = {(row["name"], *row["blocks"].values(), row["options"]["num_warps"]) for row in table(target)}
+    for kernel in ("forward", "prompt_gradient"):
+        name = "perturb_forward_kernel" if kernel == "forward" else f"{kernel}_kernel"
+        for launch in perturbation.CONFIGS[kernel]:
+            assert (name, launch.BLOCK, launch.SAMPLES, launch.num_warps) in compiled, (launch, compiled)
+    widest = {kernel: (launch.ROWS, launch.COLUMNS, launch.num_warps) for kernel, launch in mapping.CONFIGS.items()}
+    for kernel, name in (("forward", "map_labels_kernel"), ("gradient", "map_labels_gradient_kernel")):
+        assert (name, *widest[kernel]) in compiled, (widest, compiled)

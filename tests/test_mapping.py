@@ -1,0 +1,601 @@
+"""Label maps: applying, counting, matching and `nn.LabelMap`, against plain formulas, on every path.
+
+"torch" is the reference, "auto" what a user gets, "triton" the kernels (on a CPU in Triton's interpreter). A one-to-one
+map only moves values and a count is an integer, so nearly everything here is compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import io
+import json
+import mmap
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastprompt import _runtime
+from fastprompt.functional import count_labels_, map_labels, match_labels
+from fastprompt.nn import LabelMap
+from fastprompt.ops import mapping as ops
+from fastprompt.reference import mapping as reference
+from fastprompt.taxonomy import Alignment, Place
+from fastprompt.tuning.mapping import Launch, pick
+from tests.compare import check, check_bits, memory
+
+needs_triton = pytest.mark.skipif(not _runtime.HAS_TRITON, reason="needs Triton")
+TRITON = pytest.param("triton", marks=needs_triton)
+IMPLS = ("torch", "auto", TRITON)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PATHS = (*IMPLS, pytest.param("triton, small tiles", marks=needs_triton))
+SIZES = ((0, 5, 3), (1, 1, 1), (3, 7, 7), (5, 33, 0), (6, 31, 17), (17, 129, 10), (1, 300, 140))  # B, S, T
+
+
+@pytest.fixture
+def small_launch(monkeypatch):
+    """Many tiles, and several turns over the targets or sources, at sizes that a test can afford."""
+    monkeypatch.setattr(ops, "pick", lambda *_: Launch(4, 8, 4))
+
+
+def path(name: str, request) -> str:
+    if "small" in name:
+        request.getfixturevalue("small_launch")
+    return name.split(",")[0]
+
+
+def rand(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def injective(sources, targets, seed=0):
+    return torch.randperm(sources, generator=torch.Generator().manual_seed(seed))[:targets]
+
+
+def gradient_of(g: Tensor, index: Tensor, sources: int) -> Tensor:
+    """Target after target into its source, in float64."""
+    d = torch.zeros(g.shape[0], sources, dtype=torch.float64)
+    for t, s in enumerate(index.tolist()):
+        d[:, s] += g[:, t].cpu().double()
+    return d
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The values of x [n, m] in other memory."""
+    padded = torch.full((x.shape[0] * 2, x.shape[1] * 3 + 1), torch.nan, dtype=x.dtype, device=x.device)
+    padded[::2, 1::3] = x
+    return {
+        "contiguous": x.contiguous(),
+        "transposed": x.T.contiguous().T,
+        "every other": padded[::2, 1::3],
+        "slice": torch.cat([x, x], 1)[:, x.shape[1] :],
+        "reversed in memory": torch.stack([x, x], 2)[..., 1],
+    }
+
+
+# ---- map_labels ----
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("impl", PATHS)
+def test_one_to_one(impl, size, dtype, device, request):
+    impl = path(impl, request)
+    batch, sources, targets = size
+    index = injective(sources, targets).to(device)
+    logits = rand(batch, sources, dtype=dtype).to(device).requires_grad_()
+    g = rand(batch, targets, dtype=dtype, seed=1).to(device)
+    before = memory(logits, index, g)
+    out = map_labels(logits, index, impl=impl)
+    (d,) = torch.autograd.grad(out, logits, g)
+    check_bits(out, logits.detach()[:, index])
+    check_bits(d, gradient_of(g, index, sources).to(dtype).to(device), "gradient")
+    for was, now in zip(before, memory(logits, index, g), strict=True):
+        assert torch.equal(was, now)
+
+
+@pytest.mark.usefixtures("poison", "small_launch")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", [[2] * 40, [0, 1, 0, 2, 0, 1], [*range(19), *range(19)], [18, 0, 18], [3]], ids=len)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_source_that_several_targets_read_gets_the_sum(impl, index, dtype, device):
+    index = torch.tensor(index, device=device)
+    logits = rand(9, 19, dtype=dtype).to(device).requires_grad_()
+    g = rand(9, len(index), dtype=dtype, seed=1).to(device)
+    out = map_labels(logits, index, impl=impl)
+    (d,) = torch.autograd.grad(out, logits, g)
+    check_bits(out, logits.detach()[:, index])
+    want = gradient_of(g, index, 19)
+    # The kernels sum in float32 and round once (the interpreter's cast to bfloat16 truncates: one unit more).
+    inner = dtype if impl == "auto" else torch.float32
+    rival = torch.zeros(9, 19, dtype=inner, device=device).index_add_(1, index, g.to(inner))
+    check(d, want, rival.to(dtype), name="gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layouts_of_logits_and_gradients(impl, device, small_launch):
+    index = injective(21, 11).to(device)
+    logits, g = rand(10, 21).to(device), rand(10, 11, seed=1).to(device)
+    want = gradient_of(g, index, 21).float().to(device)
+    for name, x in layouts(logits).items():
+        check_bits(map_labels(x, index, impl=impl), logits[:, index], name)
+        leaf = x.detach().requires_grad_()
+        for kind, upstream in layouts(g).items():
+            (d,) = torch.autograd.grad(map_labels(leaf, index, impl=impl), leaf, upstream)
+            check_bits(d, want, f"{name}, {kind} gradient")
+    for row in (rand(1, 21), rand(1, 1)):  # stride 0
+        x = row.to(device).expand(10, 21)
+        check_bits(map_labels(x, index, impl=impl), x.contiguous()[:, index], "expanded")
+    leaf = logits.clone().requires_grad_()
+    for upstream in (torch.ones(1, 1), rand(1, 11)):
+        g = upstream.to(device).expand(10, 11)
+        (d,) = torch.autograd.grad(map_labels(leaf, index, impl=impl), leaf, g)
+        check_bits(d, gradient_of(g, index, 21).float().to(device), "expanded gradient")
+    strided = torch.stack([index, index], 1)[:, 0]
+    check_bits(map_labels(logits, strided, impl=impl), logits[:, index], "strided index")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_special_values_stay_in_their_place(impl, device):
+    index = injective(40, 20).to(device)
+    logits, g = rand(6, 40).to(device), rand(6, 20, seed=1).to(device)
+    for k, value in enumerate((torch.nan, torch.inf, -torch.inf, 3e38, 1e-42)):
+        logits[k, index[2 * k]] = value
+        logits[k, :] = torch.where(torch.arange(40, device=device) == 39 - k, value, logits[k, :])
+        g[k, 3 * k] = value
+    leaf = logits.clone().requires_grad_()
+    out = map_labels(leaf, index, impl=impl)
+    (d,) = torch.autograd.grad(out, leaf, g)
+    check_bits(out, logits[:, index])
+    check_bits(d, gradient_of(g, index, 40).float().to(device), "gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_what_needs_a_gradient_has_one(impl, device):
+    index = injective(5, 3).to(device)
+    x = rand(2, 5).to(device)
+    assert not map_labels(x, index, impl=impl).requires_grad
+    with torch.no_grad():
+        assert not map_labels(x.requires_grad_(), index, impl=impl).requires_grad
+    with torch.inference_mode():
+        check_bits(map_labels(x, index, impl=impl), x.detach()[:, index])
+    twice = (map_labels(x, index, impl=impl) * 2).sum() + map_labels(x, index[:1], impl=impl).sum()
+    (d,) = torch.autograd.grad(twice, x)  # two losses on the same logits
+    g = torch.full((2, 3), 2.0)
+    g[:, 0] += 1
+    check_bits(d, gradient_of(g, index, 5).float().to(device))
+
+
+def test_the_reference_passes_gradcheck():
+    x = rand(3, 7, dtype=torch.float64).requires_grad_()
+    for index in (injective(7, 4), torch.tensor([1, 1, 6])):
+        assert torch.autograd.gradcheck(lambda x, i=index: map_labels(x, i), x)
+        assert torch.autograd.gradgradcheck(lambda x, i=index: map_labels(x, i), x)
+
+
+@needs_triton
+def test_a_second_derivative_of_the_kernels_is_refused(device):
+    x = rand(3, 7).to(device).requires_grad_()
+    (d,) = torch.autograd.grad(map_labels(x, injective(7, 4).to(device), impl="torch").square().sum(), x, create_graph=True)
+    d.square().sum().backward()  # the reference has one
+    loss = map_labels(x, injective(7, 4).to(device), impl="triton").square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@needs_triton
+@pytest.mark.usefixtures("poison", "small_launch")
+@pytest.mark.parametrize("wrong", [-1, 19, 2**31, -(2**63), 2**63 - 1])
+def test_the_kernels_turn_an_index_out_of_range_into_nan(wrong, device):
+    index = torch.tensor([4, wrong, 0, 7], device=device)
+    logits, g = rand(9, 19).to(device), rand(9, 4).to(device)
+    out, readers = ops._forward_triton(logits, index, True)
+    d = ops._gradient_triton(g, index, readers, 19)
+    known = torch.tensor([0, 2, 3], device=device)
+    assert out[:, 1].isnan().all()
+    check_bits(out[:, known], logits[:, index[known]])
+    check_bits(d, gradient_of(g[:, known], index[known], 19).float().to(device))
+    check_bits(reference.map_labels(logits, index), out, "reference")
+
+
+def test_an_index_out_of_range_is_an_error_where_values_are_looked_at(device, monkeypatch):
+    monkeypatch.setenv("FASTPROMPT_CHECK", "1")
+    for wrong in (-1, 5, 2**31, 2**40, -(2**63)):
+        with pytest.raises(ValueError, match=rf"index: expected values from 0 to 4, got \[{wrong}\]"):
+            map_labels(rand(2, 5).to(device), torch.tensor([0, wrong], device=device))
+
+
+# ---- count_labels_ ----
+
+
+def counts_of(logits: Tensor, target: Tensor, classes: int) -> Tensor:
+    """Sample after sample in Python. NaN is larger than everything; the first index wins."""
+    counts = torch.zeros(logits.shape[1], classes, dtype=torch.int64)
+    for row, t in zip(logits.double().tolist(), target.tolist(), strict=True):
+        nan = [s for s, v in enumerate(row) if v != v]
+        if 0 <= t < classes:
+            counts[nan[0] if nan else row.index(max(row)), t] += 1
+    return counts
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(0, 3, 2), (1, 1, 1), (50, 7, 1), (13, 31, 5), (9, 64, 64), (3, 300, 3), (1, 1025, 2)], ids=str)
+@pytest.mark.parametrize("impl", PATHS)
+def test_counts_equal_a_python_loop(impl, size, dtype, device, request):
+    impl = path(impl, request)
+    batch, sources, classes = size
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(classes, (batch,), generator=generator)
+    target[::7] = -100
+    ties = torch.randint(3, (batch, sources), generator=generator).to(dtype)
+    for logits in (rand(batch, sources, dtype=dtype), ties, -ties, torch.full_like(ties, -torch.inf)):
+        counts = torch.ones(sources, classes, dtype=torch.int64, device=device)
+        before = memory(logits)
+        given = (logits.to(device), target.to(device))
+        assert count_labels_(counts, *given, impl=impl) is counts
+        check_bits(counts, (counts_of(logits, target, classes) + 1).to(device))
+        assert torch.equal(before[0], memory(logits)[0])
+
+
+@pytest.mark.usefixtures("small_launch")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_counts_with_nan_and_infinity(impl, device):
+    values = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-45, -3e38])
+    chosen = torch.randint(8, (60, 19), generator=torch.Generator().manual_seed(0))
+    logits = torch.cat([values[chosen % n] for n in (2, 4, 5, 8)])
+    logits[:60, 1:] = torch.where(rand(60, 18) > 0, logits[:60, 1:], -torch.inf)
+    target = torch.arange(len(logits)) % 3
+    counts = torch.zeros(19, 3, dtype=torch.int64, device=device)
+    count_labels_(counts, logits.to(device), target.to(device), impl=impl)
+    want = counts_of(logits, target, 3)
+    check_bits(counts, want.to(device))
+    check_bits(torch.bincount(logits.argmax(1) * 3 + target, minlength=57).view(19, 3), want, "torch.argmax")
+
+
+@pytest.mark.usefixtures("small_launch")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_counts_do_not_depend_on_layout_order_or_batches(impl, device):
+    logits, target = rand(40, 21).to(device), (torch.arange(40) % 4).to(device)
+    want = count_labels_(torch.zeros(21, 4, dtype=torch.int64, device=device), logits, target, impl="torch")
+    for name, x in layouts(logits).items():
+        y = torch.stack([target, target + 1], 1)[:, 0]
+        counts = torch.zeros_like(want)
+        count_labels_(counts, x.requires_grad_(), y, impl=impl)
+        check_bits(counts, want, name)
+    counts, order = torch.zeros_like(want), injective(40, 40).to(device)
+    for part in (order[:1], order[1:1], order[1:30], order[30:]):
+        count_labels_(counts, logits[part], target[part], impl=impl)
+    check_bits(counts, want, "batches")
+    row = logits[:1].expand(40, 21)
+    counts = count_labels_(torch.zeros_like(want), row, target[:1].expand(40), impl=impl)
+    assert counts[row[0].argmax(), target[0]] == counts.sum() == 40
+
+
+@needs_triton
+@pytest.mark.parametrize("wrong", [-1, 3, 2**31, -(2**63), 2**63 - 1])
+def test_the_kernel_drops_a_target_out_of_range(wrong, device):
+    logits, target = rand(5, 6).to(device), torch.tensor([0, wrong, 2, 1, wrong], device=device)
+    for count in (ops._count_triton, lambda *given: reference.count_labels_(*given[:3])):
+        counts = torch.zeros(6, 3, dtype=torch.int64, device=device)
+        count(counts, logits, target, "triton")
+        check_bits(counts, counts_of(logits, target, 3).to(device))
+
+
+def test_a_target_out_of_range_is_an_error_where_values_are_looked_at(device, monkeypatch):
+    monkeypatch.setenv("FASTPROMPT_CHECK", "1")
+    counts = torch.zeros(5, 3, dtype=torch.int64, device=device)
+    for wrong in (-1, 3, -99):
+        with pytest.raises(ValueError, match=rf"target: expected values from 0 to 2, got \[{wrong}\]"):
+            count_labels_(counts, rand(3, 5).to(device), torch.tensor([0, wrong, -100], device=device))
+    assert not counts.any()
+
+
+# ---- match_labels ----
+
+
+def matched(counts: Tensor) -> list[int]:
+    """The published loop: T times the largest cell, the first of equals source by source; strike its row and column."""
+    left, index = counts.tolist(), [-1] * counts.shape[1]
+    for _ in index:
+        best = max(max(row) for row in left)
+        s = next(s for s, row in enumerate(left) if best in row)
+        t = left[s].index(best)
+        index[t] = s
+        left[s] = [-1] * len(left[s])
+        for row in left:
+            row[t] = -1
+    return index
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_matching_equals_repeated_argmax(data):
+    targets = data.draw(st.integers(1, 7))
+    sources = data.draw(st.integers(targets, 12))
+    most = data.draw(st.sampled_from([0, 1, 2, 5, 2**62]))
+    cells = st.lists(st.integers(0, most), min_size=sources * targets, max_size=sources * targets)
+    counts = torch.tensor(data.draw(cells)).view(sources, targets)
+    if data.draw(st.booleans()):
+        counts[:, data.draw(st.integers(0, targets - 1))] = 0  # a class that is absent
+    index = match_labels(counts)
+    assert index.tolist() == matched(counts) == reference.match_labels(counts).tolist()
+    assert index.dtype == torch.int64
+
+
+def adversarial() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sparse = torch.randint(1000, (300, 40), generator=generator)
+    rank_one = torch.arange(60).view(60, 1) * torch.arange(30)
+    return {
+        "zeros": torch.zeros(9, 4, dtype=torch.int64),
+        "all equal": torch.ones(50, 20, dtype=torch.int64),
+        "square": torch.randint(3, (30, 30), generator=generator),
+        "one source for all": torch.nn.functional.one_hot(torch.full((20,), 7), 25).T.contiguous(),
+        "every source prefers the last target": rank_one,  # the order is struck again and again
+        "every target prefers the last source": rank_one.flip(0).contiguous(),
+        "sparse": torch.where(sparse > 990, sparse, 0),
+        "dense": torch.randint(10**6, (400, 50), generator=generator),
+        "one target": torch.tensor([[0], [5], [5], [2]]),
+        "no target": torch.zeros(3, 0, dtype=torch.int64),
+        "a column, not contiguous": torch.randint(5, (12, 24), generator=generator)[:, ::2],
+        "beyond 32 bits": torch.tensor([[2**40, 2**40 + 1], [2**40 + 1, 2**63 - 1]]),
+    }
+
+
+@pytest.mark.parametrize("kind", adversarial())
+def test_matching_hard_matrices(kind, device):
+    counts = adversarial()[kind].to(device)
+    before = memory(counts)
+    index = match_labels(counts)
+    check_bits(index, torch.tensor(matched(counts.cpu()), dtype=torch.int64, device=device))
+    assert len(set(index.tolist())) == counts.shape[1]
+    assert torch.equal(before[0], memory(counts)[0])
+
+
+# ---- Memory ----
+
+NORESERVE = 0x4000  # Linux; Python names it from 3.13
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_offsets_beyond_32_bits():
+    """Rows and columns 2^31 elements apart, on memory that is reserved but never touched in between."""
+    far = 2**31 + 16
+    held = mmap.mmap(-1, 4 * (2 * far + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    big = torch.frombuffer(held, dtype=torch.float32)
+    index, target = torch.tensor([2, 0]), torch.tensor([0, 1])
+    for strides in ((far, 1), (1, far)):
+        shape = (2, 3) if strides[0] == far else (2, 2)
+        x = big.as_strided(shape, strides)
+        x.copy_(rand(*shape))
+        i = index % shape[1]
+        out, readers = ops._forward_triton(x, i, True)
+        check_bits(out, x[:, i].contiguous())
+        d = ops._gradient_triton(x[:, :2], i, readers, shape[1])
+        check_bits(d, gradient_of(x[:, :2], i, shape[1]).float())
+        counts = torch.zeros(shape[1], 2, dtype=torch.int64)
+        ops._count_triton(counts, x, target, "triton")
+        check_bits(counts, counts_of(x, target, 2))
+        x.zero_()
+    counts = torch.frombuffer(held, dtype=torch.int64).as_strided((2, far // 2 + 4), (far // 2 + 4, 1))
+    ops._count_triton(counts, torch.tensor([[0.0, 1.0]]), torch.tensor([far // 2 + 3]), "triton")
+    assert counts[1, -1] == 1
+    del big, x, counts
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_nothing_is_read_beyond_the_end():
+    """Inputs that end where memory that may not be touched begins: reading one element more is a crash."""
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+    held = []
+
+    def guarded(x: Tensor) -> Tensor:
+        pages = -(-x.numel() * x.element_size() // page)
+        memory_map = mmap.mmap(-1, (pages + 1) * page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory_map))
+        assert libc.mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
+        held.append(memory_map)
+        offset = pages * page - x.numel() * x.element_size()
+        return torch.frombuffer(memory_map, dtype=x.dtype, offset=offset, count=x.numel()).view_as(x).copy_(x)
+
+    logits, index = guarded(rand(5, 19)), guarded(injective(19, 7))
+    out, readers = ops._forward_triton(logits, index, True)
+    check_bits(out, logits[:, index])
+    d = ops._gradient_triton(guarded(out), index, guarded(readers), 19)
+    check_bits(d, gradient_of(out, index, 19).float())
+    counts, target = guarded(torch.zeros(19, 3, dtype=torch.int64)), guarded(torch.arange(5) % 3)
+    ops._count_triton(counts, logits, target, "triton")
+    check_bits(counts, counts_of(logits, target, 3))
+
+
+# ---- Registration, compilation ----
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_opcheck_of_the_map(layout, device):
+    x, index = layouts(rand(4, 9).to(device))[layout], injective(9, 5).to(device)
+    for differentiable in (True, False):
+        torch.library.opcheck(torch.ops.fastprompt.map_labels, (x, index, differentiable))
+    out, readers = torch.ops.fastprompt.map_labels(x, index, True)
+    torch.library.opcheck(torch.ops.fastprompt.map_labels_gradient, (out, index, readers, 9))
+
+
+@pytest.mark.parametrize("impl", ["auto", TRITON])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_opcheck_of_the_counts(impl, layout, device):
+    x, target = layouts(rand(4, 9).to(device))[layout], torch.arange(4, device=device) % 3
+    counts = torch.zeros(9, 3, dtype=torch.int64, device=device)
+    torch.library.opcheck(torch.ops.fastprompt.count_labels_, (counts, x, target, impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_torch_compile_without_a_graph_break(impl, device):
+    torch._dynamo.reset()
+    x, index = rand(6, 9).to(device).requires_grad_(), injective(9, 4).to(device)
+    target = torch.arange(6, device=device) % 4
+
+    def step(x, index, target, counts):
+        count_labels_(counts, x, target, impl=impl)
+        return torch.nn.functional.cross_entropy(map_labels(x, index, impl=impl), target)
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)):
+        counts = torch.zeros(9, 4, dtype=torch.int64, device=device)
+        loss = run(x, index, target, counts)
+        results.append((loss, *torch.autograd.grad(loss, x), counts))
+    for plain, compiled in zip(*results, strict=True):
+        check_bits(compiled, plain)
+
+
+# ---- LabelMap ----
+
+
+def test_a_random_map_is_the_start_of_a_seeded_permutation():
+    state = torch.get_rng_state()
+    label_map = LabelMap(1000, 10, "random", seed=7)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(7)
+    assert torch.equal(label_map.index, torch.randperm(1000)[:10])
+    assert not torch.equal(label_map.index, LabelMap(1000, 10, "random", seed=8).index)
+    assert label_map.refresh_every is None
+    with pytest.raises(RuntimeError, match="fixed map"):
+        label_map.refresh()
+
+
+@pytest.mark.parametrize("method", ["frequent", "iterative"])
+def test_refreshing_equals_the_published_algorithm(method, device):
+    label_map = LabelMap(30, 6, method).to(device)
+    assert label_map.refresh_every == {"frequent": 0, "iterative": 1}[method]
+    with pytest.raises(RuntimeError, match="count first"):
+        label_map.refresh()
+    for seed in range(2):  # the second time from zero again
+        logits = rand(500, 30, seed=seed).to(device)
+        target = torch.randint(6, (500,), generator=torch.Generator().manual_seed(seed)).to(device)
+        target[target == 2] = 3  # class 2 is absent
+        logits[:, 4] += 2 * (target == 5)
+        label_map.reset_counts()
+        for part in range(0, 500, 64):
+            label_map.count(logits[part : part + 64], target[part : part + 64])
+        label_map.refresh()
+        want = matched(counts_of(logits, target, 6))
+        assert label_map.index.tolist() == want
+        assert label_map.index[5] == 4
+        check_bits(label_map(logits), logits[:, label_map.index])
+
+
+def test_the_loss_is_cross_entropy_in_float32():
+    label_map = LabelMap(20, 5)
+    logits, target = rand(8, 20, dtype=torch.bfloat16).requires_grad_(), torch.arange(8) % 5
+    loss = label_map.loss(logits, target)
+    mapped = logits.detach().double()[:, label_map.index]
+    want = (mapped.logsumexp(1) - mapped[torch.arange(8), target]).mean()
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - want.item()) < 1e-6
+    loss.backward()
+    assert logits.grad.dtype == torch.bfloat16
+    assert label_map.loss(logits.double(), target).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert label_map(logits.float()).dtype == torch.float32  # moved, not computed
+        assert label_map.loss(logits.float(), target).dtype == torch.float32
+
+
+def test_a_label_map_is_a_plain_module(device):
+    label_map = LabelMap(20, 5, refresh_every=3)
+    assert list(label_map.state_dict()) == ["index"]
+    assert not list(label_map.parameters())
+    assert repr(label_map) == "LabelMap(20 -> 5, method=iterative, refresh_every=3)"
+    assert label_map.taxonomy == Place(alignment=Alignment.STATISTICAL)
+    label_map.count(rand(9, 20), torch.arange(9) % 5)
+    label_map.refresh()
+    assert list(label_map.state_dict()) == ["index"]
+    for twin in (copy.deepcopy(label_map), pickle.loads(pickle.dumps(label_map))):
+        assert torch.equal(twin.index, label_map.index)
+        assert torch.equal(twin.counts, label_map.counts)
+        twin.reset_counts()
+        assert label_map.counts.sum() == 9
+    rebuilt = LabelMap(**json.loads(json.dumps(label_map.config())))
+    assert rebuilt.config() == label_map.config()
+    rebuilt.load_state_dict(label_map.state_dict(), strict=True)
+    assert torch.equal(rebuilt.index, label_map.index)
+    saved = io.BytesIO()
+    torch.save(label_map.state_dict(), saved)
+    saved.seek(0)
+    torch.load(saved, weights_only=True)
+    moved = label_map.to(device).half()
+    assert moved.index.dtype == moved.counts.dtype == torch.int64
+    assert moved.index.device == moved.counts.device == rand(1).to(device).device
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        LabelMap(20, 6).load_state_dict(label_map.state_dict())
+
+
+@pytest.mark.parametrize("method", ["random", "frequent", "iterative"])
+def test_the_configuration_rebuilds_a_label_map(method):
+    label_map = LabelMap(12, 4, method, seed=3)
+    assert torch.equal(LabelMap(**label_map.config()).index, label_map.index)
+
+
+# ---- Bad input ----
+
+ONE, COUNTS, TARGET = torch.zeros(2, 5), torch.zeros(5, 3, dtype=torch.int64), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda: map_labels(ONE.long(), TARGET), TypeError, "logits: expected a floating point dtype, got torch.int64"),
+        (lambda: map_labels(ONE[0], TARGET), ValueError, r"logits: expected \[B, S\] .*, got \[5\]"),
+        (lambda: map_labels(ONE[:, :0], TARGET), ValueError, "at least one source class"),
+        (lambda: map_labels(ONE, TARGET.int()), TypeError, "index: expected int64, got torch.int32"),
+        (lambda: map_labels(ONE, TARGET[None]), ValueError, r"index: expected \[T\], got \[1, 2\]"),
+        (lambda: map_labels(ONE, TARGET.to("meta")), ValueError, "index: expected a tensor on cpu"),
+        (lambda: map_labels(ONE, TARGET + 4), ValueError, r"index: expected values from 0 to 4, got \[5\]"),
+        (lambda: map_labels(ONE, TARGET, impl="fast"), ValueError, "impl: expected one of"),
+        (lambda: count_labels_(COUNTS, ONE.long(), TARGET), TypeError, "logits: expected a floating point dtype"),
+        (lambda: count_labels_(COUNTS.int(), ONE, TARGET), TypeError, "counts: expected int64"),
+        (lambda: count_labels_(COUNTS[0], ONE, TARGET), ValueError, r"counts: expected \[S, T\], got \[3\]"),
+        (
+            lambda: count_labels_(COUNTS[:4], ONE, TARGET),
+            ValueError,
+            "counts: expected one row a source, 5, got 4 rows",
+        ),
+        (lambda: count_labels_(COUNTS[:, :2], ONE, TARGET), ValueError, "counts: expected a contiguous tensor"),
+        (
+            lambda: count_labels_(COUNTS, ONE, TARGET[:1]),
+            ValueError,
+            r"target: expected \[2\], one a sample, got \[1\]",
+        ),
+        (lambda: count_labels_(COUNTS, ONE, TARGET.float()), TypeError, "target: expected int64"),
+        (lambda: count_labels_(COUNTS, ONE, TARGET + 2), ValueError, r"target: expected values from 0 to 2, got \[3\]"),
+        (lambda: match_labels(COUNTS.T), ValueError, "at least as many sources as targets.*, got"),
+        (lambda: match_labels(COUNTS - 1), ValueError, "counts: expected no negative numbers, got -1"),
+        (lambda: match_labels(COUNTS.float()), TypeError, "counts: expected int64"),
+        (lambda: match_labels(COUNTS[0]), ValueError, r"counts: expected \[S, T\]"),
+        (lambda: LabelMap(3, 4), ValueError, "num_classes: expected 1 to 3, the number of source classes, got 4"),
+        (lambda: LabelMap(3, 0), ValueError, "num_classes: expected 1 to 3"),
+        (lambda: LabelMap(3, 2, "best"), ValueError, "method: expected one of random, frequent, iterative, got 'best'"),
+        (lambda: LabelMap(3, 2, "random", refresh_every=1), ValueError, "refresh_every: expected"),
+        (lambda: LabelMap(3, 2, refresh_every=0), ValueError, "refresh_every: expected at least 1"),
+        (lambda: LabelMap(3, 2)(ONE[:, :2]), ValueError, "index: expected values from 0 to 1"),
+    ],
+)
+def test_bad_input_is_a_sentence(call, error, sentence):
+    with pytest.raises(error, match=sentence):
+        call()
+    assert not COUNTS.any()
+
+
+def test_launches_cover_their_columns():
+    for kernel in ("forward", "gradient", "count"):
+        for columns in (0, 1, 2, 3, 17, 1000, 10**6):
+            launch = pick(kernel, columns, "sm_90")
+            assert launch.TILE == pick(kernel, 10**6, "sm_90").TILE
+            assert launch.COLUMNS & (launch.COLUMNS - 1) == 0 < launch.COLUMNS
