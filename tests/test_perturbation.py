@@ -54,12 +54,12 @@ def small_launch(monkeypatch):
 
 
 # Allowances in units in the last place beyond twice PyTorch's own error: sums over a patch cancel, and PyTorch's own
-# antialiased resize, which is the CPU's, computes its weights in float32.
+# antialiased resize, which is the CPU's, computes its weights in float32 (a clamped row is smaller than what it comes from).
 def ulps(name, dtype, case, impl):
     if dtype != F32:
         return 1
     resized = "resize" in GEOMETRY[case.geometry][1] and case.x != U8
-    return 12 if name == "cells" else 16 if name == "out" and resized and impl == "auto" else 4
+    return 12 if name == "cells" else 48 if name == "out" and resized and impl == "auto" else 4
 
 
 def agree(case, device, impl, **changes):
