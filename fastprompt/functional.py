@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from fastprompt.reference import mapping as _mapping_reference
 from fastprompt.reference import perturbation as _perturbation_reference
 from fastprompt.reference.perturbation import Rect
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Numbers = float | Sequence[float] | Tensor
 
 # ---- What every function shares ----
@@ -52,8 +55,8 @@ def _path(impl: str, x: Tensor) -> str:
 def _output_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
     """Autocast decides when it is on; otherwise a float input keeps its dtype."""
     if dtype is not None:
-        if not dtype.is_floating_point:
-            raise _bad("dtype", "a floating point dtype", dtype)
+        if dtype not in _DTYPES:
+            raise _bad("dtype", "float32, float16, bfloat16 or float64", dtype)
         return dtype
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
@@ -173,50 +176,80 @@ def perturb(
         prompt = prompt[None] if prompt.dim() == 3 else prompt
         if prompt.dim() != 4:
             raise _bad("prompt", "[C, h', w'] or [N, C, h', w']", list(prompt.shape))
-        _same_device(x, prompt=prompt)
-    if norm is None:
-        norm = Normalization(_identity_table(x.device), "none")
-    _same_device(x, mask=mask, cells=cells, index=index, norm=norm.table)
-
-    channels = max(x.shape[1], norm.table.shape[1], 0 if prompt is None else prompt.shape[1])
-    for name, count in (("x", x.shape[1]), ("norm", norm.table.shape[1])):
-        if count not in (1, channels):
-            raise _bad(name, f"1 or {channels} channels", f"{count} channels")
-    if prompt is not None and prompt.shape[1] != channels:
-        raise _bad("prompt", f"{channels} channels", f"{prompt.shape[1]} channels")
+    table, clamp = (None, "none") if norm is None else norm
+    _same_device(x, prompt=prompt, mask=mask, cells=cells, index=index, norm=table)
     if memory_format is None:
         channels_last = x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     else:
         channels_last = memory_format == torch.channels_last
-    x = x.expand(-1, channels, -1, -1)
-    table = norm.table.expand(4, channels).contiguous()
+    plan = _settings if torch.compiler.is_compiling() else _known_settings
+    channels, s = plan(
+        (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), None if table is None else table.shape[1],
+        None if prompt is None else tuple(prompt.shape), _fixed(canvas), _fixed(resize), interpolation, _fixed(offset),
+        copies, period, _fixed(window), _fixed(hole), share, index is not None, cells is not None, squash, mask_first,
+        float(scale), space, clamp, _output_dtype(dtype, x), channels_last, _path(impl, x),
+    )  # fmt: skip
+    if x.shape[1] != channels:
+        x = x.expand(-1, channels, -1, -1)
+    if table is not None and table.shape[1] != channels:
+        table = table.expand(4, channels).contiguous()
+    if s.share != "batch" and prompt is not None:
+        _check_owners(s.share, prompt.shape[0], index, x.shape[0])
+    if mask is not None:
+        mask = _check_mask(mask, s, channels)
+    if cells is not None:
+        _check_cells(cells, s, x.shape[0], channels)
+    if s.impl == "torch":
+        table = _identity_table(channels, x) if table is None else table
+        out = _perturbation_reference.perturb(x, prompt, mask, cells, index, table, *s[:-2])
+        return out.contiguous(memory_format=torch.channels_last) if channels_last and out.dim() == 4 else out
+    return _perturbation.Perturb.apply(x, prompt, mask, cells, index, None if table is None else table.float(), s)
 
-    size = (x.shape[2], x.shape[3])
+
+def _fixed(value: Any) -> Any:
+    """Sizes and rectangles as something that can be looked up."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _settings(
+    source: tuple[int, int, int], norm_channels: int | None, prompt: tuple[int, ...] | None,
+    canvas: int | Sequence[int] | None, resize: int | Sequence[int] | None, interpolation: str,
+    offset: Sequence[int] | None, copies: int, period: int, window: Rect | None, hole: Rect | str | None,
+    share: str | None, indexed: bool, celled: bool, squash: str, mask_first: bool, scale: float, space: str, clamp: str,
+    dtype: torch.dtype, channels_last: bool, impl: str,
+) -> tuple[int, _perturbation.Settings]:  # fmt: skip
+    """(channels, settings) of a call, from everything about it but values and the batch. Checked once for equal calls."""
+    channels = max(source[0], norm_channels or 1, prompt[1] if prompt else 0)
+    for name, count in (("x", source[0]), ("norm", norm_channels or 1)):
+        if count not in (1, channels):
+            raise _bad(name, f"1 or {channels} channels", f"{count} channels")
+    if prompt and prompt[1] != channels:
+        raise _bad("prompt", f"{channels} channels", f"{prompt[1]} channels")
+    size = source[1:]
     placed = size if resize is None else _pair("resize", resize)
     _one_of("interpolation", interpolation, ("bilinear", "bicubic"))
     if placed != size and 0 in size:
-        raise _bad("x", "at least one pixel to resize", list(x.shape))
+        raise _bad("x", "at least one pixel to resize", list(source))
     board = placed if canvas is None else _pair("canvas", canvas)
     image = _place(placed, board, offset, copies, period)
     s = _perturbation.Settings(
         canvas=board, image=image, interpolation="none" if placed == size else interpolation,
         copies=copies, period=period, window=_rect("window", window, board), hole=_hole(hole, image, copies),
-        share=_share(share, prompt, cells, index, x.shape[0]),
-        squash=_one_of("squash", squash, ("none", "sigmoid", "tanh")), mask_first=mask_first, scale=float(scale),
-        normalized=_one_of("space", space, ("pixel", "normalized")) == "normalized", clamp=norm.clamp,
-        dtype=_output_dtype(dtype, x), channels_last=channels_last, impl=_path(impl, x),
+        share=_share(share, prompt, indexed, celled),
+        squash=_one_of("squash", squash, ("none", "sigmoid", "tanh")), mask_first=mask_first, scale=scale,
+        normalized=_one_of("space", space, ("pixel", "normalized")) == "normalized", clamp=clamp,
+        dtype=dtype, channels_last=channels_last, impl=impl,
     )  # fmt: skip
-    _check_prompt(s, prompt)
-    mask = _check_mask(mask, s, channels)
-    _check_cells(cells, s, x.shape[0], channels)
-    if s.impl == "torch":
-        out = _perturbation_reference.perturb(x, prompt, mask, cells, index, table, *s[:-2])
-        return out.contiguous(memory_format=torch.channels_last) if channels_last and out.dim() == 4 else out
-    return _perturbation.Perturb.apply(x, prompt, mask, cells, index, table, s)
+    if prompt:
+        _check_prompt(s, prompt)
+    return channels, s
 
 
-def _identity_table(device: torch.device) -> Tensor:
-    table = torch.zeros((4, 1), device=device)
+_known_settings = lru_cache(maxsize=1024)(_settings)
+
+
+def _identity_table(channels: int, x: Tensor) -> Tensor:
+    table = torch.zeros((4, channels), device=x.device)
     table[1:2] = 1
     return table
 
@@ -260,56 +293,47 @@ def _hole(hole: Rect | str | None, image: Rect, copies: int) -> Rect:
     return hole
 
 
-def _share(share: str | None, prompt: Tensor | None, cells: Tensor | None, index: Tensor | None, batch: int) -> str:
+def _share(share: str | None, prompt: tuple[int, ...] | None, indexed: bool, celled: bool) -> str:
     if prompt is None:
-        if any(argument is not None for argument in (share, cells, index)):
+        if share is not None or indexed or celled:
             raise _bad("prompt", "a tensor when share, cells or index is given", None)
         return "none"
-    share = share or ("index" if index is not None else "batch")
-    _one_of("share", share, ("batch", "index", "sample", "product"))
-    count = prompt.shape[0]
-    if share == "batch" and count != 1:
-        raise _bad("share", f"index, sample or product for {count} prompts", repr(share))
-    if share == "sample" and count != batch:
-        raise _bad("prompt", f'one prompt a sample ({batch}) for share="sample"', f"{count} prompts")
-    if (index is not None) != (share == "index"):
-        raise _bad("index", 'a tensor exactly when share="index"', f"share={share!r}, index={index is not None}")
-    if index is not None:
-        if index.dtype != torch.int64 or index.shape != (batch,):
-            raise _bad("index", f"int64 [{batch}]", f"{index.dtype} {list(index.shape)}")
-        # Looking at values costs a sync on a GPU, so there only on request.
-        if (index.device.type == "cpu" or _runtime.checking()) and not torch.compiler.is_compiling():
-            wrong = index[(index < 0) | (index >= count)]
-            if len(wrong):
-                raise _bad("index", f"values from 0 to {count - 1}", wrong[:8].tolist())
+    share = _one_of("share", share or ("index" if indexed else "batch"), ("batch", "index", "sample", "product"))
+    if share == "batch" and prompt[0] != 1:
+        raise _bad("share", f"index, sample or product for {prompt[0]} prompts", repr(share))
+    if indexed != (share == "index"):
+        raise _bad("index", 'a tensor exactly when share="index"', f"share={share!r}, index={indexed}")
     return share
 
 
-def _check_prompt(s: _perturbation.Settings, prompt: Tensor | None) -> None:
-    if prompt is None:
-        return
+def _check_owners(share: str, count: int, index: Tensor | None, batch: int) -> None:
+    if share == "sample" and count != batch:
+        raise _bad("prompt", f'one prompt a sample ({batch}) for share="sample"', f"{count} prompts")
+    if index is not None:
+        if index.dtype != torch.int64 or index.shape != (batch,):
+            raise _bad("index", f"int64 [{batch}]", f"{index.dtype} {list(index.shape)}")
+        _check_range("index", index, count)
+
+
+def _check_prompt(s: _perturbation.Settings, prompt: tuple[int, ...]) -> None:
     top, left, height, width = s.window
-    if prompt.shape[2:] != (height, width):
-        raise _bad("prompt", f"the window's size {height}x{width}", f"{prompt.shape[2]}x{prompt.shape[3]}")
+    if prompt[2:] != (height, width):
+        raise _bad("prompt", f"the window's size {height}x{width}", f"{prompt[2]}x{prompt[3]}")
     y, x, high, wide = s.hole
     if high * wide and not (y >= top and x >= left and y + high <= top + height and x + wide <= left + width):
         raise _bad("hole", f"a rectangle inside the window {s.window}", s.hole)
-    if prompt.numel() >= 2**31:
-        raise _bad("prompt", "fewer than 2**31 elements", prompt.numel())
+    if math.prod(prompt) >= 2**31:
+        raise _bad("prompt", "fewer than 2**31 elements", math.prod(prompt))
 
 
-def _check_mask(mask: Tensor | None, s: _perturbation.Settings, channels: int) -> Tensor | None:
-    if mask is None:
-        return None
+def _check_mask(mask: Tensor, s: _perturbation.Settings, channels: int) -> Tensor:
     mask = mask[None] if mask.dim() == 2 else mask
     if mask.dim() != 3 or mask.shape[0] not in (1, channels) or tuple(mask.shape[1:]) != s.canvas:
         raise _bad("mask", f"[{s.canvas[0]}, {s.canvas[1]}] or [{channels}, ...] on the canvas", list(mask.shape))
     return mask
 
 
-def _check_cells(cells: Tensor | None, s: _perturbation.Settings, batch: int, channels: int) -> None:
-    if cells is None:
-        return
+def _check_cells(cells: Tensor, s: _perturbation.Settings, batch: int, channels: int) -> None:
     shape = tuple(cells.shape)
     if len(shape) != 4 or shape[0] != batch or shape[1] not in (1, channels):
         raise _bad("cells", f"[{batch}, 1 or {channels}, rows, columns]", list(shape))

@@ -45,14 +45,14 @@ def perturbation() -> None:
 
 def _launch(s, x, prompt, mask, cells, index) -> None:
     norm = torch.zeros(4, x.shape[1])
-    out = ops._forward_triton(x, prompt, mask, cells, index, norm, *s)
+    out = ops._forward_triton(x, prompt, mask, cells, index, norm, s)
     kept = x if s.clamp == "exact" else None
     if cells is None:
-        ops._prompt_gradient_triton(out, kept, prompt, mask, index, norm, *s)
+        ops._prompt_gradient_triton(out, kept, prompt, mask, index, norm, s)
     else:
-        ops._cells_gradient_triton(out, kept, prompt, mask, cells, norm, *s)
+        ops._cells_gradient_triton(out, kept, prompt, mask, cells, norm, s)
     if x.is_floating_point():
-        ops._image_gradient_triton(out, kept, prompt, mask, cells, index, norm, x.shape[2:], x.dtype, *s)
+        ops._image_gradient_triton(out, kept, prompt, mask, cells, index, norm, x.shape[2:], x.dtype, s)
 
 
 def mapping() -> None:

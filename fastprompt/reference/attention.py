@@ -41,7 +41,7 @@ def prefix_columns(
     prefix [N, Hkv, P, D]. Without an index: N = 1 is everybody's, N = B is one a sample (M = 1). index [B, M]: the M
     prefixes of each sample; -1: none. A sample with another value out of range is NaN.
     """
-    count, heads, length, width = prefix.shape
+    count, length = prefix.shape[0], prefix.shape[2]
     if index is None:
         index = torch.arange(count, device=prefix.device).expand(batch)[:, None]
     known = ((index >= -1) & (index < count)).all(1)
