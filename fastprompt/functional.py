@@ -203,7 +203,9 @@ def perturb(
         table = _identity_table(channels, x) if table is None else table
         out = _perturbation_reference.perturb(x, prompt, mask, cells, index, table, *s[:-2])
         return out.contiguous(memory_format=torch.channels_last) if channels_last and out.dim() == 4 else out
-    return _perturbation.Perturb.apply(x, prompt, mask, cells, index, None if table is None else table.float(), s)
+    given = (x, prompt, mask, cells, index, None if table is None else table.float(), s)
+    trained = any(t is not None and t.requires_grad for t in given[:6]) and torch.is_grad_enabled()
+    return _perturbation.Perturb.apply(*given) if trained else _perturbation.forward(*given)
 
 
 def _fixed(value: Any) -> Any:

@@ -639,9 +639,15 @@ OPCHECK = [
 def test_opcheck(case, impl, device, monkeypatch):
     """Schemas, fakes and dynamic shapes of the four operators, with the arguments of real calls."""
     seen = {}
-    for name in ("_forward", "_prompt_gradient", "_cells_gradient", "_image_gradient"):
-        whole = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, whole=whole: seen.setdefault(whole, a) and whole(*a))
+    for name in ("forward", "_prompt_gradient", "_cells_gradient", "_image_gradient"):
+        operator = getattr(torch.ops.fastprompt, "perturb" if name == "forward" else "perturb" + name).default
+
+        def watched(*given, operator=operator):
+            *given, settings = given
+            seen[operator] = (*given, *settings.encode())
+            return operator(*seen[operator])
+
+        monkeypatch.setattr(ops, name, watched)
     run(case, tensors(case, device), impl)
     assert len(seen) >= 2
     for operator, arguments in seen.items():

@@ -292,21 +292,33 @@ def _within(rect: Rect) -> tuple[Any, slice, slice]:
 
 
 class _Affine(NamedTuple):
-    """v * gain + shift, each [C, 1, 1]; None for 1 and 0."""
+    """v * gain - less, each [C, 1, 1]; None for 1 and 0."""
 
     gain: Tensor | None
-    shift: Tensor | None
+    less: Tensor | None
 
 
 _NOTHING = _Affine(None, None)
-_IDENTITY = torch.tensor([[0.0], [1.0]])
 
 
 def _affine(norm: Tensor | None) -> _Affine:
-    if norm is None or torch.equal(norm[:2], _IDENTITY.expand(2, norm.shape[1])):
+    if norm is None:
         return _NOTHING
-    mean, gain, _, _ = norm[:, :, None, None]
-    return _Affine(gain, -mean * gain)
+    mean, gain, _, _ = norm[:, :, None, None].unbind()
+    return _Affine(gain, mean * gain)
+
+
+def _under_image(s: Settings) -> bool:
+    """Whether the prompt's hole is exactly what the image covers, so that nothing has to be written there twice."""
+    return s.hole == s.image and s.copies == 1
+
+
+def _absent(to: _Affine, s: Settings) -> Tensor | float:
+    """p * gain - less where there is no prompt."""
+    if s.mask_first and s.squash == "sigmoid":
+        value = 0.5 * s.scale if to.gain is None else to.gain * (0.5 * s.scale)  # squash(0)
+        return value if to.less is None else value - to.less
+    return 0.0 if to.less is None else -to.less
 
 
 def _squashed(prompt: Tensor, mask: Tensor | None, s: Settings) -> Tensor:
@@ -321,27 +333,26 @@ def _squashed(prompt: Tensor, mask: Tensor | None, s: Settings) -> Tensor:
 
 
 def _prompts_cpu(prompt: Tensor | None, mask: Tensor | None, to: _Affine, s: Settings) -> Tensor:
-    """p * gain + shift on the canvas [N, C, H, W] in float32; without a prompt [1, C or 1, 1, 1]. Not to be written to."""
+    """p * gain - less on the canvas [N, C, H, W] in float32; without a prompt [1, C or 1, 1, 1]. Not to be written to.
+
+    Under the image it is anything where `_under_image`.
+    """
     if prompt is None:
-        return torch.zeros((1, 1, 1, 1)) if to.shift is None else to.shift[None]
+        return torch.zeros((1, 1, 1, 1)) if to.less is None else -to.less[None]
     y = _squashed(prompt, mask, s)
     times = s.scale if to.gain is None else to.gain if s.scale == 1 else to.gain * s.scale
     p = y if to.gain is None and s.scale == 1 else y * times
-    if to.shift is not None:
-        p = p.add_(to.shift) if p is not y else p + to.shift
-    whole = tuple(s.window[2:]) == tuple(s.canvas)
-    if whole and not s.hole[2] * s.hole[3]:
-        return p
-    absent: Tensor | float = times * 0.5 if s.mask_first and s.squash == "sigmoid" else 0.0  # squash(0)
-    absent = absent if to.shift is None else to.shift + absent
-    if not whole:
+    if to.less is not None:
+        p = p.sub_(to.less) if p is not y else p - to.less
+    if tuple(s.window[2:]) != tuple(s.canvas):
         canvas = torch.empty((*p.shape[:2], *s.canvas))
-        canvas[:] = absent
+        canvas[:] = _absent(to, s)
         canvas[_within(s.window)] = p
-    else:
-        canvas = p.clone() if p is prompt else p
-    canvas[_within(s.hole)] = absent
-    return canvas
+        p = canvas
+    if s.hole[2] * s.hole[3] and not _under_image(s):
+        p = p.clone() if p is prompt else p
+        p[_within(s.hole)] = _absent(to, s)
+    return p
 
 
 def _whose(p: Tensor, index: Tensor | None, part: slice, s: Settings) -> Tensor:
@@ -355,75 +366,81 @@ def _whose(p: Tensor, index: Tensor | None, part: slice, s: Settings) -> Tensor:
     return p[:, None] if s.share == "product" else p
 
 
-def _compose(x: Tensor, p: Tensor, cells: Tensor | None, base: Tensor | None, image: _Affine, out: Tensor, s: Settings) -> None:
-    """out = base + p * cells, with pixel * gain + shift added where the image lies: few passes over a part in the cache.
+def _compose(
+    x: Tensor, p: Tensor, cells: Tensor | None, canvas: _Affine, image: _Affine, out: Tensor, s: Settings
+) -> None:  # fmt: skip
+    """out = p, with pixel * gain - less of the image added where it lies: few passes over a part in the cache.
 
-    Without cells base is None: p holds it.
+    With cells p lacks what the canvas subtracts, as the cells multiply p.
     """
     if cells is None:
-        _place_cpu(x, p, image, out, s)
+        _place_cpu(x, p, _absent(canvas, s) if _under_image(s) else None, image, out, s)
         return
-    covers = tuple(s.image[2:]) == tuple(s.canvas)
-    if covers and image == _NOTHING and base is None and x.dtype != torch.uint8:
+    if image == _NOTHING == canvas and tuple(s.image[2:]) == tuple(s.canvas) and x.dtype != torch.uint8:
         v = _pixels_cpu(x, s)
     else:
         v = torch.empty(out.shape)
-        _place_cpu(x, torch.zeros((1, 1, 1, 1)) if base is None else base[None], image, v, s)
+        base = _absent(canvas, s._replace(mask_first=False))
+        _place_cpu(x, torch.as_tensor(base).expand(1, len(v[0]), 1, 1), base, image, v, s)
     _, _, rows, columns = cells.shape
     wide = cells.float().repeat_interleave(s.canvas[1] // columns, 3)[:, :, :, None]  # only columns are repeated
     v, p, out = (t.unflatten(2, (rows, -1)) for t in (v, p, out))
     torch.addcmul(v, p, wide, out=out)
 
 
-def _place_cpu(x: Tensor, under: Tensor, image: _Affine, out: Tensor, s: Settings) -> None:
-    """out = under [1 or S, C, H, W] (or [1, C, 1, 1]), with pixel * gain + shift added where the image lies."""
-    flat = under.shape[-1] == 1 < out.shape[-1]
+def _place_cpu(x: Tensor, under: Tensor, flat: Tensor | float | None, image: _Affine, out: Tensor, s: Settings) -> None:
+    """out = under [1 or S, C, H, W] (or [1, C, 1, 1]), with pixel * gain - less added where the image lies.
+
+    flat: what lies under the image where that is one number a channel.
+    """
+    if under.shape[-1] == 1:
+        flat = under
     if s.copies > 1 or tuple(s.image[2:]) != tuple(s.canvas):
         out.copy_(under.expand_as(out))
-        under, out = under if flat else _on_image(under, s), _on_image(out, s)
-    pixel, gain, shift = _pixels_cpu(x, s), image.gain, image.shift
+        under, out = under if flat is not None else _on_image(under, s), _on_image(out, s)
+    pixel, gain, less = _pixels_cpu(x, s), image.gain, image.less
     if s.copies > 1:
         pixel = pixel[..., None, :].expand(*pixel.shape[:-1], s.copies, -1)
-        gain, shift = (None if t is None else t[..., None, :] for t in (gain, shift))
-        under = under[..., None, :] if flat else under
-    below = under if shift is None else under + shift
-    unit = 1 / 255 if x.dtype == torch.uint8 else 1.0
-    if gain is None:
-        torch.add(below, pixel, alpha=unit, out=out)
-    elif flat:  # two factors a channel: two passes in the cache beat one that PyTorch does not vectorise
-        torch.add(pixel * (gain * unit), below, out=out)
+        gain, less = (None if t is None else t[..., None, :] for t in (gain, less))
+        flat = flat[..., None, :] if isinstance(flat, Tensor) else flat
+    to_one = 1 / 255 if x.dtype == torch.uint8 else 1.0
+    unit = to_one if gain is None else gain * to_one
+    if flat is not None:  # two numbers a channel: two passes in the cache beat one that PyTorch does not vectorise
+        torch.add((pixel * unit).expand_as(out), flat if less is None else flat - less, out=out)
+    elif isinstance(unit, Tensor):
+        torch.addcmul(under if less is None else under - less, pixel, unit, out=out)
     else:
-        torch.addcmul(below, pixel, gain * unit, out=out)
+        torch.add(under, pixel, alpha=unit, out=out)
 
 
 def _forward_cpu(x, prompt, mask, cells, index, norm, s):  # type: ignore[no-untyped-def]
     if s.impl == "triton":
         return _forward_triton(x, prompt, mask, cells, index, norm, s)
     out = _empty_output(x, prompt, s)
-    gain, shift = _affine(norm)
+    gain, less = _affine(norm)
     covers = s.copies == 1 and tuple(s.image[2:]) == tuple(s.canvas)
-    # Everything is written normalised at once: in pixel space the shift belongs to the canvas, otherwise to the image.
-    canvas, image = (_Affine(None, None), _Affine(gain, shift)) if s.normalized else (_Affine(gain, shift), _Affine(gain, None))
-    if s.normalized and covers and cells is None and s.share != "sample":
-        canvas, image = _Affine(None, shift), _Affine(gain, None)
-    base = canvas.shift if cells is not None else None
-    to_prompts = canvas._replace(shift=None) if cells is not None else canvas
+    # Everything is written normalised at once: in pixel space the mean belongs to the canvas, otherwise to the image.
+    canvas, image = (_NOTHING, _Affine(gain, less)) if s.normalized else (_Affine(gain, less), _Affine(gain, None))
+    if s.normalized and covers:
+        canvas, image = _Affine(None, less), _Affine(gain, None)
+    to_prompts = canvas if cells is None else canvas._replace(less=None)
     one_by_one = s.share == "index"
     apart = s.share == "sample" or (one_by_one and prompt.shape[0] > x.shape[0])  # or most prompts would be made for nobody
     p = None if apart else _prompts_cpu(prompt, mask, to_prompts, s)
     bounds = None
     if s.clamp != "none":
-        bounds = [limit if gain is None or s.normalized else limit * gain + shift for limit in norm[2:, :, None, None]]
+        bounds = [limit if gain is None or s.normalized else limit * gain - less for limit in norm[2:, :, None, None]]
     sample = (
         4 * x.shape[1] * (s.image[2] * s.image[3] * s.copies if bounds is None and cells is None else s.canvas[0] * s.canvas[1])
     )
-    for part in _chunks(len(x), sample * (len(prompt) if s.share == "product" else 1), one_by_one):
+    parts = _chunks(len(x), sample * (len(prompt) if s.share == "product" else 1), one_by_one)
+    for part in parts:
         if p is not None:
             ours = _whose(p, index, part, s)
         else:
             ours = _prompts_cpu(prompt[index[part] if one_by_one else part], mask, to_prompts, s)
-        to = out[..., part, :, :, :]
-        _compose(x[part], ours, None if cells is None else cells[part], base, image, to, s)
+        to = out if len(parts) == 1 else out[..., part, :, :, :]
+        _compose(x if len(parts) == 1 else x[part], ours, None if cells is None else cells[part], canvas, image, to, s)
         if bounds is not None:
             torch.minimum(torch.maximum(to, bounds[0], out=to), bounds[1], out=to)
     return out
@@ -442,7 +459,7 @@ def _kept_cpu(g: Tensor, x: Tensor, prompt: Tensor | None, mask, cells, index, n
     sample = 4 * g.shape[-3] * s.canvas[0] * s.canvas[1]
     for part in _chunks(len(x), sample * (len(p) if s.share == "product" else 1), s.share == "index"):
         v = torch.empty(g[..., part, :, :, :].shape)
-        _compose(x[part], _whose(p, index, part, s), None if cells is None else cells[part], None, image, v, s)
+        _compose(x[part], _whose(p, index, part, s), None if cells is None else cells[part], _NOTHING, image, v, s)
         for plane, minimum, maximum in zip(planes, low, high, strict=False):
             at = (..., part, plane, slice(None), slice(None))
             kept[at] = torch.ops.aten.hardtanh_backward(g[at].float(), v[..., plane, :, :], minimum, maximum)
@@ -602,10 +619,23 @@ for _name, _triton, _cpu, _fake in (
     _library.impl(_name, _decoded(_cpu), "CPU")
     torch.library.register_fake(f"fastprompt::{_name}", _decoded(_fake), lib=_library)
 
-_forward = torch.ops.fastprompt.perturb.default
-_prompt_gradient = torch.ops.fastprompt.perturb_prompt_gradient.default
-_cells_gradient = torch.ops.fastprompt.perturb_cells_gradient.default
-_image_gradient = torch.ops.fastprompt.perturb_image_gradient.default
+
+def _direct(operator: Callable[..., Any], on_cpu: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, taking `Settings`. Eager calls on a CPU skip the dispatcher, which costs as much as a small image."""
+
+    def run(first: Tensor, *given: Any) -> Any:
+        *rest, s = given
+        if torch.compiler.is_compiling():
+            return operator(first, *rest, *s.encode())
+        return on_cpu(first, *rest, s) if first.is_cpu else operator(first, *rest, *_known_code(s))
+
+    return run
+
+
+forward = _direct(torch.ops.fastprompt.perturb.default, _forward_cpu)
+_prompt_gradient = _direct(torch.ops.fastprompt.perturb_prompt_gradient.default, _prompt_gradient_cpu)
+_cells_gradient = _direct(torch.ops.fastprompt.perturb_cells_gradient.default, _cells_gradient_cpu)
+_image_gradient = _direct(torch.ops.fastprompt.perturb_image_gradient.default, _image_gradient_cpu)
 
 
 class Perturb(torch.autograd.Function):
@@ -613,11 +643,10 @@ class Perturb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, prompt, mask, cells, index, norm, settings):  # type: ignore[no-untyped-def]
-        code = (Settings.encode if torch.compiler.is_compiling() else _known_code)(settings)
         # Nothing of the image is kept unless clamped positions must be found again.
         ctx.save_for_backward(x if settings.clamp == "exact" else None, prompt, mask, cells, index, norm)
-        ctx.code, ctx.size, ctx.image_dtype = code, x.shape[-2:], x.dtype
-        return _forward(x, prompt, mask, cells, index, norm, *code)
+        ctx.settings, ctx.size, ctx.image_dtype = settings, x.shape[-2:], x.dtype
+        return forward(x, prompt, mask, cells, index, norm, settings)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
@@ -627,12 +656,12 @@ class Perturb(torch.autograd.Function):
                 'impl="torch"'
             )
         x, prompt, mask, cells, index, norm = ctx.saved_tensors
-        code = ctx.code
+        s = ctx.settings
         d_x = d_prompt = d_cells = None
         if ctx.needs_input_grad[0]:
-            d_x = _image_gradient(g, x, prompt, mask, cells, index, norm, ctx.size, ctx.image_dtype, *code)
+            d_x = _image_gradient(g, x, prompt, mask, cells, index, norm, ctx.size, ctx.image_dtype, s)
         if cells is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[3]):
-            d_prompt, d_cells = _cells_gradient(g, x, prompt, mask, cells, norm, *code)
+            d_prompt, d_cells = _cells_gradient(g, x, prompt, mask, cells, norm, s)
         elif ctx.needs_input_grad[1]:
-            d_prompt = _prompt_gradient(g, x, prompt, mask, index, norm, *code)
+            d_prompt = _prompt_gradient(g, x, prompt, mask, index, norm, s)
         return d_x, d_prompt, None, d_cells, None, None, None
