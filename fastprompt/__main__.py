@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "methods":
         from fastprompt.methods import table
 
-        print(table())
+        try:
+            print(table(), flush=True)
+        except BrokenPipeError:  # `fastprompt methods | head`: nobody reads on, and Python's last flush must not fail either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     from fastprompt.demo.run import run
 
