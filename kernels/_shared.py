@@ -20,7 +20,7 @@ def rounded(x, DTYPE: tl.constexpr):
     """float32 x in another dtype, to the nearest; the interpreter would cut bfloat16 off."""
     if INTERPRETING and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fastprompt.reference.attention import prefix_attention
 from fastprompt.tuning.attention import Launch, Tile, pick
-from tests.compare import check
+from tests.compare import check, check_bits
 from tests.conftest import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton to run kernels")
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-SMALL = Launch(query=Tile(32, 16, 4, 1), own=Tile(16, 16, 4, 1), prefix=Tile(16, 16, 4, 1), splits=3)
+SMALL = Launch(query=Tile(32, 16, 4, 1), own=Tile(32, 16, 4, 1), prefix=Tile(32, 16, 4, 1), splits=2)
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,159 @@ def test_shifted_scores(shift, device):
     check(lse, want_lse, near_lse)
 
 
+GRADIENTS = ("q", "k", "v", "prefix_k", "prefix_v", "gate")
+
+
+def backward(
+    case: Case, held: dict[str, Tensor | None], g: Tensor, g_lse: Tensor | None, needs: tuple[bool, ...] = (True,) * 4,
+    launch: Launch = SMALL,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The gradients by name, from the forward kernel's results; a case without a gate or prefix needs none of theirs."""
+    from fastprompt.kernels.attention.backward import attention_backward
+
+    out, lse = forward(case, held, launch)
+    needs = (needs[0], needs[1], needs[2] and case.prefix > 0, needs[3] and case.gate is not None)
+    got = attention_backward(
+        g, g_lse, *(held[name] for name in OPERANDS), out, lse, needs=needs, max_q=longest(case.starts_q, case.queries),
+        max_k=longest(case.starts_k, case.keys), **settings(case), launch=launch,
+    )  # fmt: skip
+    wanted = (needs[0], needs[1], needs[1], needs[2], needs[2], needs[3])
+    assert [t is not None for t in got] == list(wanted)
+    return {name: t for name, t in zip(GRADIENTS, got, strict=True) if t is not None}
+
+
+def reference_gradients(
+    case: Case, held: dict[str, Tensor | None], g: Tensor, g_lse: Tensor | None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:  # fmt: skip
+    held = held if dtype is None else wider(held, dtype)
+    leaves = {n: held[n].detach().clone().requires_grad_() for n in GRADIENTS if held[n] is not None}
+    out, lse = reference(case, held | leaves)
+    total = (out * g.to(out.dtype)).sum() if g_lse is None else (out * g.to(out.dtype)).sum() + (lse * g_lse.to(lse.dtype)).sum()
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def arriving(case: Case, held: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """A gradient for out and one for lse."""
+    random = torch.Generator().manual_seed(case.seed + 1)
+    q = held["q"]
+    g, g_lse = torch.randn(q.shape, generator=random), torch.randn(q.shape[:3], generator=random)
+    return g.to(q.dtype).to(q.device), g_lse.to(q.device)
+
+
+def agree_backward(case: Case, device: torch.device, launch: Launch = SMALL) -> None:
+    held = tensors(case, device)
+    g, g_lse = arriving(case, held)
+    got = backward(case, held, g, g_lse, launch=launch)
+    want = reference_gradients(case, held, g, g_lse, torch.float64)
+    near = reference_gradients(case, held, g, g_lse)
+    assert set(got) == set(want)
+    for name in got:
+        # g v^T - delta cancels: an error is as large as the terms, which the whole head shows and a single row may not.
+        mine, truth, rival = (t.flatten(2) if t.dim() == 4 else t.flatten() for t in (got[name], want[name], near[name]))
+        if name == "gate":  # delta comes from the rounded out
+            mine, rival = mine.to(case.dtype), rival.to(case.dtype)
+        check(mine, truth, rival, ulps=16.0 if case.dtype == F32 else 1.0, name=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backward(name, device):
+    agree_backward(CASES[name], device)
+
+
+HALF = ["causal", "key mask", "two prefixes", "packed", "gate a sample and head", "soft cap", "sliced"]
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("name", HALF)
+def test_backward_in_half_precision(name, dtype, device):
+    agree_backward(replace(CASES[name], dtype=dtype), device)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 65])
+def test_prefix_sizes_backward(rows, device):
+    agree_backward(Case(rows=rows, heads=1, queries=3, keys=3), device)
+    agree_backward(Case(rows=rows, prefix=2, index=((1, 0), (0, -1)), heads=1, queries=3, keys=4, causal=True), device)
+
+
+@pytest.mark.parametrize("queries", [0, 1, 31, 32, 33, 65])
+@pytest.mark.parametrize("keys", [0, 1, 31, 32, 33, 65])
+def test_sizes_backward(queries, keys, device):
+    agree_backward(Case(batch=1, queries=queries, keys=keys, causal=keys >= queries), device)
+
+
+@pytest.mark.parametrize("width", [1, 8, 32, 64, 80, 96, 128, 256])
+def test_widths_backward(width, device):
+    agree_backward(Case(batch=1, heads=1, queries=3, keys=17, width=width, causal=True), device)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("name", ["plain", "index", "packed", "packed, shared prefix", "packed, own prefixes"])
+def test_chunks_of_queries(name, splits, device):
+    """Any number of chunks, also more than there are tiles, gives the prefix the same gradient."""
+    agree_backward(replace(CASES[name], rows=5), device, replace(SMALL, prefix=Tile(16, 16, 4, 1), splits=splits))
+
+
+@pytest.mark.parametrize("needs", list(product((False, True), repeat=4)))
+def test_only_what_is_needed(needs, device):
+    """Every subset gives the same bits as all together."""
+    case = Case(heads=4, kv_heads=2, queries=17, keys=18, gate=(2, 4), causal=True)
+    held = tensors(case, device)
+    g, g_lse = arriving(case, held)
+    whole = backward(case, held, g, g_lse)
+    got = backward(case, held, g, g_lse, needs=needs)
+    for name, t in got.items():
+        check_bits(t, whole[name], name)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "rotated", "expanded", "one number"])
+def test_layouts_of_the_arriving_gradient(layout, device):
+    case = Case(heads=4, kv_heads=2, queries=17, keys=9)
+    held = tensors(case, device)
+    g, g_lse = arriving(case, held)
+    if layout == "expanded":
+        laid, g_lse = g[:, :, :1].expand_as(g), g_lse[:1, :, :1].expand_as(g_lse)
+    elif layout == "one number":
+        laid, g_lse = g[0, 0, 0, 0].expand_as(g), g_lse[0, 0, 0].expand_as(g_lse)
+    else:
+        laid, g_lse = laid_out(g, layout), g_lse.transpose(1, 2).contiguous().transpose(1, 2)
+    want = backward(case, held, laid.clone(memory_format=torch.contiguous_format), g_lse.contiguous())
+    for name, t in backward(case, held, laid, g_lse).items():
+        check_bits(t, want[name], name)
+
+
+def test_without_a_gradient_of_lse(device):
+    case = Case(heads=4, kv_heads=2, queries=17, keys=9)
+    held = tensors(case, device)
+    g, g_lse = arriving(case, held)
+    want = backward(case, held, g, torch.zeros_like(g_lse))
+    for name, t in backward(case, held, g, None).items():
+        check_bits(t, want[name], name)
+
+
+@pytest.mark.parametrize("name", ["two prefixes", "gate a sample and head"])
+def test_twenty_repeats_are_the_same_bits(name, device):
+    case = replace(CASES[name], queries=9, keys=10, batch=2, index=((2, 0), (0, 1)) if CASES[name].index else None)
+    held = tensors(case, device)
+    g, g_lse = arriving(case, held)
+    first = backward(case, held, g, g_lse)
+    for _ in range(20):
+        for gradient, t in backward(case, held, g, g_lse).items():
+            check_bits(t, first[gradient], gradient)
+
+
+def test_chunks_are_added_in_order(device):
+    """The sum over chunks is ((first + second) + third) in float32, and not another order."""
+    from fastprompt.kernels.attention.backward import attention_prefix_sum_kernel
+
+    partial = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(device) * 1e3
+    out = torch.empty(300, device=device)
+    attention_prefix_sum_kernel[(2,)](partial, out, 300, 5, BLOCK=256, num_warps=4, enable_fp_fusion=True)
+    want = partial[0].clone()
+    for row in partial[1:]:
+        want += row
+    check_bits(out, want)
+
+
 HIDDEN = {
     "lengths": (Case(lengths=(20, 33), queries=5), "own", lambda t: t[0, :, 20:]),
     "left padding": (Case(lengths=(20, 35), left=True, queries=5), "own", lambda t: t[0, :, :15]),
@@ -285,6 +438,16 @@ def test_what_nobody_sees_may_be_nan(name, device):
     held = tensors(case, device)
     for got, want in zip(forward(case, hide(held, whose, where)), forward(case, held), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_nobody_sees_has_no_gradient(name, device):
+    case, whose, where = HIDDEN[name]
+    held = tensors(case, device)
+    g, g_lse = arriving(case, held)
+    want = backward(case, held, g, g_lse)
+    for gradient, t in backward(case, hide(held, whose, where), g, g_lse).items():
+        check_bits(t, want[gradient], gradient)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "prefix_k", "prefix_v", "gate"])

@@ -182,9 +182,12 @@ def attention_forward(
     batch = starts_q.shape[0] - 1 if packed else q.shape[0]
     tile = launch.query
     tiles = triton.cdiv(max_q * flags["GROUP"], tile.ROWS)
+    filled = dense_rows(out)
     if batch * k.shape[1] * tiles:
         attention_forward_kernel[(batch * k.shape[1] * tiles,)](
-            *pointers, out, lse, *sizes, tiles, *steps, *strides(out, packed), *strides(lse, packed)[:2],
+            *pointers, filled, lse, *sizes, tiles, *steps, *strides(filled, packed), *strides(lse, packed)[:2],
             float(scale), float(softcap), **flags, ROWS=tile.ROWS, COLUMNS=tile.COLUMNS,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
+    if filled is not out:
+        out.copy_(filled)

@@ -79,6 +79,21 @@ def own_keys(
 
 
 @triton.jit
+def seeing_queries(first, last, queries, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """The queries [low, high) that may see any of the own keys first .. last."""
+    low = first * 0
+    high = queries + low
+    ahead = keys - queries
+    if CAUSAL:
+        low = tl.maximum(low, first - ahead)
+    elif WINDOWED:
+        low = tl.maximum(low, first - ahead - window + 1)
+    if WINDOWED:
+        high = tl.minimum(high, last - ahead + window)
+    return low, tl.maximum(high, low)
+
+
+@triton.jit
 def is_seen(query, key, queries, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """Whether causality and the window let a query see an own key. The last query lines up with the last key."""
     ahead = key - query - (keys - queries)
