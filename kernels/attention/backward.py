@@ -65,8 +65,8 @@ def attention_query_gradient_kernel(
     stride_pkn, stride_pkh, stride_pkr, stride_pvn, stride_pvh, stride_pvr, stride_mb, stride_ms, stride_gateb, stride_gateh,
     stride_gb, stride_gh, stride_gt, stride_lb, stride_lh, stride_db, stride_dh, stride_dt,
     scale, softcap,
-    SHARE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, LEFT: tl.constexpr, SOFTCAP: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SHARE: tl.constexpr, ALIGNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, LEFT: tl.constexpr,
+    SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of ROWS queries x heads of one key head, and the tile's part of d gate [B, tiles, H]."""
     pid = tl.program_id(0)
@@ -120,7 +120,7 @@ def attention_query_gradient_kernel(
         prefix, key, there, k_row, v_row = column_rows(
             k_base, v_base, prefix_k_base, prefix_v_base, index_ptr, prefix_lengths_ptr, key_mask_base,
             column, end, b, n, prefix_columns, low, prefixes, prefix_rows, stack,
-            stride_ks, stride_vs, stride_pkn, stride_pkr, stride_pvn, stride_pvr, stride_ms, SHARE,
+            stride_ks, stride_vs, stride_pkn, stride_pkr, stride_pvn, stride_pvr, stride_ms, SHARE, ALIGNED,
         )  # fmt: skip
         wanted = there[:, None] & (d < D)[None, :]
         k = tl.load(k_row[:, None] + d[None, :], mask=wanted, other=0.0)

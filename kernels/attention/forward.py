@@ -30,8 +30,8 @@ def attention_forward_kernel(
     stride_pkn, stride_pkh, stride_pkr, stride_pvn, stride_pvh, stride_pvr, stride_mb, stride_ms, stride_gb, stride_gh,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh,
     scale, softcap,
-    SHARE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, LEFT: tl.constexpr, SOFTCAP: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SHARE: tl.constexpr, ALIGNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, LEFT: tl.constexpr,
+    SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS queries x heads of one key head."""
     pid = tl.program_id(0)
@@ -79,7 +79,7 @@ def attention_forward_kernel(
         prefix, key, there, k_row, v_row = column_rows(
             k_base, v_base, prefix_k_base, prefix_v_base, index_ptr, prefix_lengths_ptr, key_mask_base,
             column, end, b, n, prefix_columns, low, prefixes, prefix_rows, stack,
-            stride_ks, stride_vs, stride_pkn, stride_pkr, stride_pvn, stride_pvr, stride_ms, SHARE,
+            stride_ks, stride_vs, stride_pkn, stride_pkr, stride_pvn, stride_pvr, stride_ms, SHARE, ALIGNED,
         )  # fmt: skip
         wanted = there[:, None] & (d < D)[None, :]
         k = tl.load(k_row[:, None] + d[None, :], mask=wanted, other=0.0)
@@ -123,6 +123,12 @@ def strides(t, packed=False):
     return (0, 0, 0) if t is None else (0 if packed else t.stride(0), t.stride(1), t.stride(2))
 
 
+def aligned(*tensors):
+    """Whether every row of every tensor begins at a multiple of 16 bytes."""
+    given = [t for t in tensors if t is not None]
+    return all(t.data_ptr() % 16 == 0 and all(step * t.element_size() % 16 == 0 for step in t.stride()[:3]) for t in given)
+
+
 def share_of(prefix_k, index, batch):
     """(SHARE, prefixes side by side) of a call."""
     if prefix_k is None or not prefix_k.shape[2] or (index is not None and not index.shape[1]):
@@ -163,7 +169,8 @@ def operands(
     )  # fmt: skip
     width = q.shape[3]
     flags = {
-        "SHARE": share, "CAUSAL": causal, "WINDOWED": window > 0, "LEFT": left, "SOFTCAP": softcap > 0,
+        "SHARE": share, "ALIGNED": aligned(k, v, prefix_k, prefix_v),
+        "CAUSAL": causal, "WINDOWED": window > 0, "LEFT": left, "SOFTCAP": softcap > 0,
         "GROUP": q.shape[1] // k.shape[1], "D": width, "BLOCK_D": max(16, triton.next_power_of_2(width)),
     }  # fmt: skip
     return pointers, sizes, steps, flags

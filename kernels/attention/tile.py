@@ -112,7 +112,7 @@ def column_rows(
     k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, index_ptr, prefix_lengths_ptr, key_mask_ptr,
     column, end, b, n, prefix_columns, low, prefixes, prefix_rows, stack,
     stride_ks, stride_vs, stride_pkn, stride_pkr, stride_pvn, stride_pvr, stride_ms,
-    SHARE: tl.constexpr,
+    SHARE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """(prefix?, own key, there?, pointers to the rows of k, of v) of some columns. What is not there must not be read."""
     prefix = column < prefix_columns
@@ -135,6 +135,10 @@ def column_rows(
         row = row.to(tl.int64)
         k_row = tl.where(prefix, prefix_k_ptr + n * stride_pkn + row * stride_pkr, k_row)
         v_row = tl.where(prefix, prefix_v_ptr + n * stride_pvn + row * stride_pvr, v_row)
+        if ALIGNED:
+            # A choice between two pointers forgets that both are multiples of 16 bytes, and with it every wide load.
+            k_row = tl.multiple_of(k_row, 16)
+            v_row = tl.multiple_of(v_row, 16)
     return prefix, key, there, k_row, v_row
 
 
