@@ -105,18 +105,19 @@ def main() -> None:
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "compile in a process without the interpreter"
     from tests import aot_cases
 
-    with recorded_launches() as launches:
-        aot_cases.launch_all()
-    seen, rows = set(), []
-    for kernel, arguments, options in launches:
-        key = (kernel.fn.__name__, source(kernel, arguments).hash(), json.dumps(options, sort_keys=True))
-        if key in seen:
-            continue
-        seen.add(key)
-        for target in sys.argv[1:] or TARGETS:
+    for target in sys.argv[1:] or TARGETS:
+        with recorded_launches() as launches:
+            aot_cases.launch_all(target)
+        seen = set()
+        for kernel, arguments, options in launches:
+            key = (kernel.fn.__name__, source(kernel, arguments).hash(), json.dumps(options, sort_keys=True))
+            if key in seen:
+                continue
+            seen.add(key)
             blocks = {name: arguments[name] for name in ("BLOCK", "SAMPLES", "ROWS", "COLUMNS") if name in arguments}
-            rows.append({"target": target, "options": options, "blocks": blocks} | build(kernel, arguments, options, target))
-            print(json.dumps(rows[-1]), flush=True)
+            facts = {"target": target, "options": options, "blocks": blocks, "width": arguments.get("D")}
+            facts["dtypes"] = sorted({str(a.dtype).removeprefix("torch.") for a in arguments.values() if hasattr(a, "dtype")})
+            print(json.dumps(facts | build(kernel, arguments, options, target)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from fastprompt.ops import mapping as mapping_ops
 from fastprompt.ops import perturbation as ops
+from fastprompt.tuning import attention as attention_tuning
 
 
 def perturbation() -> None:
@@ -70,6 +71,52 @@ def mapping() -> None:
     mapping_ops._count_triton(torch.zeros((64, 10), dtype=torch.int64), columns, torch.zeros(256, dtype=torch.int64), "triton")
 
 
-def launch_all() -> None:
+def attention(arch: str) -> None:
+    """Every head width and dtype; all masks and prefixes on the two common widths; few queries; packed."""
+    from fastprompt.kernels.attention.backward import attention_backward
+    from fastprompt.kernels.attention.forward import attention_forward
+
+    half, long = torch.bfloat16, torch.int64
+    plain = {"causal": True}
+    bidirectional = {"causal": False, "no prefix": True}
+    few = {"queries": 1, "causal": True}
+    everything = {
+        "causal": True, "window": 64, "softcap": 30.0, "lengths": torch.zeros(2, dtype=long), "left": True,
+        "key_mask": torch.ones(2, 512, dtype=torch.bool), "index": torch.zeros(2, 2, dtype=long),
+        "prefix_lengths": torch.zeros(3, dtype=long), "gate": torch.ones(2, 8),
+    }  # fmt: skip
+    packed = {
+        "starts_q": torch.zeros(5, dtype=long), "starts_k": torch.zeros(5, dtype=long), "index": torch.zeros(4, 1, dtype=long),
+        "causal": True,
+    }  # fmt: skip
+    cells = [(width, half, options) for width in (64, 128) for options in (plain, bidirectional, few, everything, packed)]
+    cells += [(width, half, plain) for width in (32, 80, 256)] + [(128, torch.float16, plain)]
+    cells += [(width, torch.float32, plain) for width in (64, 128, 256)]
+    for width, dtype, options in cells:
+        given = dict(options)
+        batch = 1 if "starts_q" in given else 2
+        q = torch.empty(batch, 8, given.pop("queries", 512), width, dtype=dtype)
+        k = torch.empty(batch, 2, 512, width, dtype=dtype)
+        prefix = None if given.pop("no prefix", False) else torch.empty(3 if "index" in given else 1, 2, 64, width, dtype=dtype)
+        facts = {
+            "batch": 2, "heads": 8, "kv_heads": 2, "queries": q.shape[2], "keys": 512, "prefixes": 3 if "index" in given else 1,
+            "prefix_rows": 0 if prefix is None else 64, "stack": 2 if "key_mask" in given else 1, "width": width,
+            "dtype": dtype, "arch": arch,
+        }  # fmt: skip
+        flags = {
+            "scale": 0.1, "causal": given.pop("causal"), "window": given.pop("window", 0), "left": given.pop("left", False),
+            "softcap": given.pop("softcap", 0.0), "max_q": q.shape[2], "max_k": 512,
+        }  # fmt: skip
+        names = ("index", "prefix_lengths", "lengths", "key_mask", "starts_q", "starts_k", "gate")
+        operands = (q, k, k, prefix, prefix, *(given.get(name) for name in names))
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+        attention_forward(*operands, out, lse, **flags, launch=attention_tuning.pick("forward", **facts))
+        needs = (True, True, prefix is not None, "gate" in given)
+        launch = attention_tuning.pick("backward", **facts)
+        attention_backward(out, lse, *operands, out, lse, needs=needs, **flags, launch=launch)
+
+
+def launch_all(arch: str) -> None:
     perturbation()
     mapping()
+    attention(arch)

@@ -9,6 +9,8 @@ lies, WINDOW is what the prompt tensor covers, and the prompt is absent inside H
 import triton
 import triton.language as tl
 
+from .._shared import tanh
+
 
 @triton.jit
 def squash(x, SQUASH: tl.constexpr):
@@ -16,13 +18,7 @@ def squash(x, SQUASH: tl.constexpr):
     if SQUASH == "sigmoid":
         return 1.0 / (1.0 + tl.exp(-x))
     elif SQUASH == "tanh":
-        # 1 - exp cancels near 0, where an odd polynomial is exact to rounding.
-        a = tl.abs(x)
-        e = tl.exp(-2.0 * a)
-        s = a * a
-        tail = s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835))))
-        y = tl.where(a < 0.25, a + a * tail, (1.0 - e) / (1.0 + e))
-        return tl.where(x < 0, -y, y)
+        return tanh(x)
     else:
         return x
 
