@@ -466,7 +466,7 @@ def prefix_attention(
     )  # fmt: skip
     own = (lengths, key_mask, starts_q, starts_k)
     if not separate:
-        out, lse = _attend(q, k, v, prefix_k, prefix_v, index, prefix_lengths, *own, gate, s, path)
+        out, lse = _attend(q, k, v, prefix_k, prefix_v, index, prefix_lengths, *own, gate, s, path, return_lse)
         return (out, lse) if return_lse else out
     assert gate is not None
     out, _ = _attend(q, k, v, None, None, None, None, *own, None, s, path)
@@ -486,12 +486,12 @@ def prefix_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, index: Tensor | None,
     prefix_lengths: Tensor | None, lengths: Tensor | None, key_mask: Tensor | None, starts_q: Tensor | None,
-    starts_k: Tensor | None, gate: Tensor | None, s: _attention.Settings, path: str,
+    starts_k: Tensor | None, gate: Tensor | None, s: _attention.Settings, path: str, through_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One softmax, on the chosen path; PyTorch's flash attention on a CPU has no soft cap."""
     if path == "triton" or (path == "auto" and not (s.softcap and q.device.type == "cpu")):
         return _attention.PrefixAttention.apply(
-            q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, s
+            q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, s, through_lse
         )
     how: tuple[Any, ...] = (s.scale, s.causal, s.window, s.left, s.softcap)
     with torch.autocast(q.device.type, enabled=False):

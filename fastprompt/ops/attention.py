@@ -94,9 +94,12 @@ def _launch(  # type: ignore[no-untyped-def]
 ):
     from fastprompt.tuning.attention import pick
 
-    batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
-    columns = 0 if prefix_k is None else prefix_k.shape[2] * (1 if index is None else index.shape[1])
-    return pick(direction, batch, q.shape[1], k.shape[1], s.max_q, s.max_k, columns, q.shape[3], q.dtype, _runtime.arch(q.device))
+    return pick(
+        direction, batch=q.shape[0] if starts_q is None else starts_q.shape[0] - 1, heads=q.shape[1], kv_heads=k.shape[1],
+        queries=s.max_q, keys=s.max_k, prefixes=0 if prefix_k is None else prefix_k.shape[0],
+        prefix_rows=0 if prefix_k is None else prefix_k.shape[2], stack=1 if index is None else index.shape[1],
+        width=q.shape[3], dtype=q.dtype, arch=_runtime.arch(q.device),
+    )  # fmt: skip
 
 
 # ---- CPU: the parts of one softmax ----
@@ -144,7 +147,7 @@ class _Read(NamedTuple):
 
 
 def _reads(prefix: Tensor | None, index: Tensor | None, prefix_lengths: Tensor | None, batch: int) -> list[_Read]:
-    """The prefixes that samples read, so that those of a prefix read it together. Samples with a wrong index read none."""
+    """The prefixes that samples read, so that those of a prefix read it together."""
     if prefix is None or not prefix.shape[2]:
         return []
     count, longest = prefix.shape[0], prefix.shape[2]
@@ -157,7 +160,7 @@ def _reads(prefix: Tensor | None, index: Tensor | None, prefix_lengths: Tensor |
     for column in index.T.tolist():
         readers: dict[int, list[int]] = {}
         for sample, prefix_id in enumerate(column):
-            if 0 <= prefix_id < count and sizes[prefix_id]:
+            if prefix_id >= 0 and sizes[prefix_id]:
                 readers.setdefault(prefix_id, []).append(sample)
         if 2 * len(readers) > batch > 1:  # hardly anything is shared
             everybody = [sample for group in readers.values() for sample in group]
@@ -181,12 +184,12 @@ def _beyond(read: _Read, length: int) -> Tensor:
     return torch.arange(length) >= torch.tensor(read.lengths)[:, None]
 
 
-def _unknown(index: Tensor | None, prefix: Tensor | None) -> Tensor | None:
-    """bool [B]: samples whose index is out of range, if there are any."""
-    if index is None or prefix is None:
-        return None
+def _known(index: Tensor | None, prefix: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(the index, none for a sample with a value out of range; bool [B]: those samples, if there are any)."""
+    if index is None or prefix is None or not index.numel():
+        return index, None
     wrong = ((index < -1) | (index >= prefix.shape[0])).any(1)
-    return wrong if bool(wrong.any()) else None
+    return (torch.where(wrong[:, None], -1, index), wrong) if bool(wrong.any()) else (index, None)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -219,8 +222,30 @@ def _joins(q: Tensor, own: _Own | None, reads: list[_Read], gate: Tensor | None)
     )  # fmt: skip
 
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None, blind: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse) of PyTorch's flash attention, with 0 and -inf for the `blind` queries (which see nothing) and NaN for NaN.
+
+    Where no score of a query passes for a maximum, PyTorch gives 0 and a log-sum-exp of 0, even when all scores are NaN.
+    """
+    out, lse = _flash_forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    if blind is not None:
+        out.masked_fill_(blind[..., None], 0)
+        lse.masked_fill_(blind, -torch.inf)
+    if torch.count_nonzero(lse) < lse.numel():
+        scores = q.unflatten(1, (k.shape[1], -1)) @ k.transpose(2, 3)[:, :, None]
+        scores = scores.flatten(1, 2).float() * scale if mask is None else scores.flatten(1, 2).float() * scale + mask
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool).triu(1), -torch.inf)
+        lost = (lse == 0) & ~scores.amax(-1).isfinite()
+        out.masked_fill_(lost[..., None], torch.nan)
+        lse.masked_fill_(lost, torch.nan)
+    return out, lse
 
 
 def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -235,26 +260,25 @@ def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 def _read(q: Tensor, k: Tensor, v: Tensor, read: _Read, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of some samples' queries to the columns of a read."""
     if _folds(q, k):
-        out, lse = _flash(_fold(q, k.shape[1]), k, v, scale=scale)
+        out, lse = _flash(_fold(q, k.shape[1]), k, v, scale)
         return _unfold(out, q), _unfold(lse, q)
     k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (k, v))
     if read.lengths is None:
-        return _flash(q, k, v, scale=scale)
+        return _flash(q, k, v, scale)
+    mask = _column_mask(read, q.shape[2])
+    return _flash(q, k, v, scale, False, mask, (mask == -torch.inf).all(-1))
+
+
+def _column_mask(read: _Read, queries: int) -> Tensor:
     beyond = _beyond(read, read.length)
-    mask = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None].expand(-1, -1, q.shape[2], -1)
-    out, lse = _flash(q, k, v, attn_mask=mask, scale=scale)
-    nothing = beyond.all(1)[:, None, None]
-    return out.masked_fill_(nothing[..., None], 0), lse.masked_fill_(nothing, -torch.inf)
+    return torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None].expand(-1, -1, queries, -1)
 
 
 def _read_own(q: Tensor, own: _Own, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _flash(q, own.k, own.v, is_causal=own.causal, attn_mask=own.mask, scale=scale)
-    if own.hidden is not None and own.blind is not None:
-        if bool(out.isnan().any()):  # 0 * NaN is NaN: once more without what nobody sees
-            k, v = (t.masked_fill(own.hidden, 0) for t in (own.k, own.v))
-            out, lse = _flash(q, k, v, attn_mask=own.mask, scale=scale)
-        out.masked_fill_(own.blind[..., None], 0)
-        lse = lse.masked_fill(own.blind, -torch.inf)
+    out, lse = _flash(q, own.k, own.v, scale, own.causal, own.mask, own.blind)
+    if own.hidden is not None and bool(out.isnan().any()):  # 0 * NaN is NaN: once more without what nobody sees
+        k, v = (t.masked_fill(own.hidden, 0) for t in (own.k, own.v))
+        out, lse = _flash(q, k, v, scale, own.causal, own.mask, own.blind)
     return out, lse
 
 
@@ -262,12 +286,13 @@ def _attend(  # type: ignore[no-untyped-def]
     q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, gate, s: Settings
 ) -> tuple[Tensor, Tensor]:
     """The forward pass of samples that are not packed."""
+    index, unknown = _known(index, prefix_k)
     own, reads = _own(k, v, q.shape[2], lengths, key_mask, s), _reads(prefix_k, index, prefix_lengths, q.shape[0])
-    q, unknown = _rows(q), _unknown(index, prefix_k)
+    q = _rows(q)
     if unknown is None and _joins(q, own, reads, gate):
         assert own is not None
         shared = [_columns(t, reads[0]).expand(q.shape[0], -1, -1, -1) for t in (prefix_k, prefix_v)]
-        return _flash(q, torch.cat([shared[0], own.k], 2), torch.cat([shared[1], own.v], 2), scale=s.scale)
+        return _flash(q, torch.cat([shared[0], own.k], 2), torch.cat([shared[1], own.v], 2), s.scale)
     result = None if own is None else _read_own(q, own, s.scale)
     factor = None if gate is None else gate.to(q.dtype).expand(q.shape[:2])[:, :, None, None]
     for read in reads:
@@ -323,8 +348,7 @@ def _read_backward(  # type: ignore[no-untyped-def]
         return _unfold(dq, q), dk.float(), dv.float()
     mask, one = None, k.shape[0] == 1 < q.shape[0]
     if read.lengths is not None:
-        beyond = _beyond(read, read.length)
-        mask = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None].expand(-1, -1, q.shape[2], -1)
+        mask = _column_mask(read, q.shape[2])
     k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (k, v))
     dq, dk, dv = _part_backward(g, q, k, v, out, lse, delta, False, mask, scale)
     return dq, *(d.sum(0, keepdim=True, dtype=torch.float32) if one else d.float() for d in (dk, dv))
@@ -335,8 +359,9 @@ def _attend_backward(  # type: ignore[no-untyped-def]
 ) -> list[Tensor | None]:
     """(dq, dk, dv, dprefix_k, dprefix_v, dgate) of samples that are not packed, those of prefixes and gates in float32."""
     need_q, need_own, need_prefix, need_gate = needs
+    index, unknown = _known(index, prefix_k)
     own, reads = _own(k, v, q.shape[2], lengths, key_mask, s), _reads(prefix_k, index, prefix_lengths, q.shape[0])
-    g, q, unknown = _rows(g), _rows(q), _unknown(index, prefix_k)
+    g, q = _rows(g), _rows(q)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # what sees nothing has weights of exp(-inf)
     delta = None
     if gate is not None or g_lse is not None:
@@ -379,6 +404,7 @@ def _attend_backward(  # type: ignore[no-untyped-def]
     for lost in (dq, dk, dv) if unknown is not None else ():
         if lost is not None:
             lost[unknown] = torch.nan
+    dq, (dk, dv) = dq if need_q else None, (dk, dv) if need_own else (None, None)
     return [dq, dk, dv, d_prefix_k, d_prefix_v, None if d_gate is None else d_gate.sum_to_size(gate.shape)]
 
 
@@ -534,13 +560,27 @@ class PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, settings
+        ctx,
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        index,
+        prefix_lengths,
+        lengths,
+        key_mask,
+        starts_q,
+        starts_k,
+        gate,
+        settings,
+        through_lse,
     ):
-        ctx.set_materialize_grads(False)  # the log-sum-exp is rarely read
+        ctx.set_materialize_grads(False)
         given = (q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate)
         out, lse = _forward(*given, *settings)
         ctx.save_for_backward(*given, out, lse)
-        ctx.settings = settings
+        ctx.settings, ctx.through_lse = settings, through_lse
         return out, lse
 
     @staticmethod
@@ -555,6 +595,7 @@ class PrefixAttention(torch.autograd.Function):
         needs = [asked[0], asked[1] or asked[2], asked[3] or asked[4], asked[11]]
         if g is None:
             g = torch.zeros_like(saved[-2])
+        g_lse = g_lse if ctx.through_lse else None  # compiled code sends zeros for what nobody reads
         found = iter(_backward(g, g_lse, *saved, needs, *ctx.settings))
-        kinds = (0, 1, 1, 2, 2, None, None, None, None, None, None, 3, None)
+        kinds = (0, 1, 1, 2, 2, None, None, None, None, None, None, 3, None, None)
         return tuple(next(found) if kind is not None and needs[kind] else None for kind in kinds)
