@@ -229,9 +229,8 @@ def test_logits_far_from_zero(offset, causal, impl, device):
     for name in ("v", "prefix_v"):
         moved[name] = F.pad(held[name], (0, 1))
     out, lse = prefix_attention(**moved, **options(case), impl=impl)
-    # Two parts are merged by log-sum-exps around 10,000, and float32 has steps of 1e-3 there.
-    merged = 1e-3 if impl == "auto" and device.type == "cpu" else 1e-5
-    torch.testing.assert_close(out[..., :4], plain["out"], rtol=merged, atol=merged)
+    # float32 has steps of 1e-3 around 10,000, whether scores (of base 2) or log-sum-exps of two parts are rounded there.
+    torch.testing.assert_close(out[..., :4], plain["out"], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, plain["lse"] + offset, rtol=0, atol=2e-3)
 
 
