@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def check(
-    got: Tensor, want: Tensor, rival: Tensor, *, factor: float = 2.0, ulps: float = 1.0, name: str = "out"
+    got: Tensor, want: Tensor, rival: Tensor, *, factor: float = 2.0, ulps: float = 1.0, floor: Tensor | None = None,
+    name: str = "out",
 ) -> None:  # fmt: skip
     """Asserts that every row of `got` is as near to `want` as `factor` times `rival` is, plus `ulps`.
 
@@ -20,6 +21,7 @@ def check(
         want: the truth, float64.
         rival: plain PyTorch's result, whose dtype, device and shape are the promise. A row's allowance is `factor` times
             the rival's largest error in that row plus `ulps` units in the last place of the row's largest value.
+        floor: an allowance more for each row [..., 1], where what is summed is larger than its sum.
 
     NaN and infinities must stand at the same places as in the truth rounded to the dtype.
     """
@@ -39,6 +41,8 @@ def check(
     if not got.numel():
         return
     allowed = factor * allowed.amax(-1, keepdim=True) + ulps * ulp(size.amax(-1, keepdim=True), got.dtype)
+    if floor is not None:
+        allowed = allowed + floor.cpu()
     worst = (error - allowed).amax(-1)
     row = int(worst.flatten().argmax())
     assert worst.flatten()[row] <= 0, (
