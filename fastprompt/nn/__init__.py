@@ -1,5 +1,12 @@
 """Drop-in modules: parameters, initialisation, printing and state; the mathematics is in `fastprompt.functional`."""
 
+from fastprompt.nn.attention import (
+    DeepPrompt,
+    PrefixKV,
+    PromptAttention,
+    SoftPrompt,
+    scaled_dot_product_attention,
+)
 from fastprompt.nn.mapping import LabelMap
 from fastprompt.nn.perturbation import (
     FramePrompt,
@@ -12,6 +19,7 @@ from fastprompt.nn.perturbation import (
 )
 
 __all__ = [
+    "DeepPrompt",
     "FramePrompt",
     "GeneratedPrompt",
     "LabelMap",
@@ -19,5 +27,9 @@ __all__ = [
     "MaskedPrompt",
     "PaddedPrompt",
     "PatchPrompt",
+    "PrefixKV",
+    "PromptAttention",
     "SeriesPrompt",
+    "SoftPrompt",
+    "scaled_dot_product_attention",
 ]
