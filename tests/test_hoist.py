@@ -235,6 +235,11 @@ def deep_by_tokens(blocks, x: Tensor, prompts, mask: Tensor | None = None) -> Te
     return x
 
 
+def own(x: Tensor) -> Tensor:
+    """The samples' rows."""
+    return torch.cat([x[:, :1], x[:, 1 + P :]], 1)
+
+
 def images() -> Tensor:
     return torch.randn(B, 3, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
@@ -272,7 +277,7 @@ def test_dropout_a_sample_makes_a_prefix_a_sample():
 def test_deep_tokens_in_bert(side):
     """Tokens in the blocks have no positions of their own."""
     model, prompt, mask = frozen(bert), double(fnn.DeepPrompt(LAYERS, P, WIDTH)), padding(side)
-    want = deep_by_tokens(model.encoder.layer, model.embeddings(tokens()), prompt(), mask)
+    want = own(deep_by_tokens(model.encoder.layer, model.embeddings(tokens()), prompt(), mask))
     with prefixed(model, hoist_deep(model, prompt()), offset=0):
         agree(model(tokens(), attention_mask=mask).last_hidden_state, want, prompt, mask)
 
@@ -440,7 +445,7 @@ def test_a_prompt_that_goes_on_through_later_blocks():
 
 def test_deep_tokens_with_padding_fall_back_too():
     model, prompt, mask = frozen(bert), double(fnn.DeepPrompt(LAYERS, P, WIDTH, which=[0])), padding("right")
-    want = deep_by_tokens(model.encoder.layer, model.embeddings(tokens()), prompt(), mask)
+    want = own(deep_by_tokens(model.encoder.layer, model.embeddings(tokens()), prompt(), mask))
     with prefixed(model, hoist_deep(model, prompt(), fallback="tokens")):
         agree(model(tokens(), attention_mask=mask).last_hidden_state, want, prompt, mask)
 
