@@ -299,7 +299,7 @@ def hoist(model: nn.Module, prompt: Tensor, *, fallback: str | None = None) -> l
 
 def hoist_deep(
     model: nn.Module, prompts: Sequence[Tensor | None], *, reads_prompt: bool = False, fallback: str | None = None
-) -> list[KeyValue] | Tokens:
+) -> list[KeyValue | None] | Tokens:
     """The keys and values of tokens that every block gets anew, by each block's own norm and projections.
 
     A deep prompt's rows are thrown away after the block, so only its keys and values matter, and they are the same for the
@@ -307,12 +307,12 @@ def hoist_deep(
 
     Args:
         model: a model of transformers, such as ViT or BERT.
-        prompts: one [N, P, width] a block, as `fastprompt.nn.DeepPrompt` gives them: every block has to have one.
+        prompts: one [N, P, width] a block, as `fastprompt.nn.DeepPrompt` gives them; None only for the first blocks.
         reads_prompt: the task reads the prompt's last rows (prompt pooling).
         fallback: "tokens": where this is not exact, return the prompts as tokens, which `prefixed` puts into every sample.
 
     Returns:
-        L pairs (keys, values) of [N, H, P, D], or `Tokens`.
+        L pairs (keys, values) of [N, H, P, D] (None where there is no prompt), or `Tokens`.
 
     Raises:
         Inexact (a ValueError): a block without a prompt after one with (it reads the earlier prompt's rows), prompt pooling,
@@ -332,24 +332,26 @@ def hoist_deep(
         if reads_prompt:
             raise Inexact("reads_prompt: the prompt's rows are read after the last block, so they have to be computed")
         _check_exact(base)
-        return [_block_keys_values(model, base, block, tokens) for block, tokens in zip(blocks, prompts, strict=True)]  # type: ignore[misc]
+        records = [_Record([], False, True) for _ in blocks]
+        with _wired(model, base, blocks, records), _without_checkpointing(blocks):
+            for block, tokens in zip(blocks, prompts, strict=True):
+                if tokens is not None:
+                    _begin(block, tokens.to(base.dtype))
+        return [record.seen[0] if record.seen else None for record in records]
     except Inexact:
         if not allowed:
             raise
         return Tokens(None, list(prompts), reads_prompt)
 
 
-def _block_keys_values(model: nn.Module, base: Any, block: nn.Module, tokens: Tensor | None) -> KeyValue | None:
-    if tokens is None:
-        return None
-    seen: list[KeyValue] = []
-    with _wired(model, base, [block], [_Record(seen, False, True)]), _without_checkpointing([block]):
-        try:
-            block(tokens.to(base.dtype))
-        except _Enough:
-            return seen[0]
-        except TypeError as needs:
-            raise Inexact(f"{type(block).__name__}: needs more than its input ({needs})") from needs
+def _begin(block: nn.Module, tokens: Tensor) -> None:
+    """Runs a block as far as its attention."""
+    try:
+        block(tokens)
+    except _Enough:
+        return
+    except TypeError as needs:
+        raise Inexact(f"{type(block).__name__}: needs more than its input ({needs})") from needs
     raise Inexact(f"{type(block).__name__}: its attention was not called")
 
 

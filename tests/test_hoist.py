@@ -321,7 +321,7 @@ def test_gradient_checkpointing(name):
     """Backward runs the blocks again after the context was left: with the prefix, not without."""
     model, prompt = frozen(CAUSAL[name]), double(fnn.SoftPrompt(P, WIDTH))
     want = concatenated(model, prompt(), tokens())
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     with prefixed(model, hoist(model, prompt())):
         got = model(tokens()).logits
