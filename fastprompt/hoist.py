@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class _Given(NamedTuple):
     values: Tensor
     which: Tensor | None
     lengths: Tensor | None
+    read: list[bool]
 
 
 class _Record(NamedTuple):
@@ -103,7 +105,10 @@ def _attention(
         key_mask = attention_mask[:, 0, 0].expand(query.shape[0], -1)
         key, value = key[:, :, : key_mask.shape[1]], value[:, :, : key_mask.shape[1]]
     options: dict[str, Any] = {}
+    if value.shape[-1] != key.shape[-1]:
+        raise Inexact(f"{layer}: keys of {key.shape[-1]} elements and values of {value.shape[-1]}")
     if isinstance(fastprompt, _Given):
+        fastprompt.read[:] = [True]
         options["prefix_k"], options["prefix_v"] = fastprompt.keys.to(key.dtype), fastprompt.values.to(key.dtype)
         options["prefix_index"], options["prefix_lengths"] = fastprompt.which, fastprompt.lengths
     out = functional.prefix_attention(
@@ -160,15 +165,16 @@ def _parts(model: nn.Module) -> tuple[Any, list[nn.Module]]:
     kinds = set(getattr(config, "layer_types", None) or windowed) - {"full_attention"}
     if kinds:
         raise Inexact(f"{type(model).__name__}: layers of kind {', '.join(sorted(kinds))}, which do not see a whole prefix")
-    base = model.base_model
-    count = config.num_hidden_layers
-    lists = [part for part in base.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    count = getattr(config, "num_hidden_layers", 0)
+    lists = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     lists = [part for part in lists if len({type(block) for block in part}) == 1 and _passes_on(part[0])]
     if len(lists) != 1:
         raise Inexact(
             f"{type(model).__name__}: {len(lists)} stacks of {count} blocks that pass arguments on to attention, not one"
         )
-    return base, list(lists[0])
+    # The innermost, because a head may call a decoder past the model around it.
+    holders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and lists[0] in part.modules()]
+    return holders[-1], list(lists[0])
 
 
 def _passes_on(block: nn.Module) -> bool:
@@ -211,6 +217,10 @@ def _wired(model: nn.Module, base: Any, blocks: Sequence[nn.Module], given: Sequ
 
         return hook
 
+    def check(block: nn.Module, args: Any, out: Any, given: _Given) -> None:
+        if not (torch.compiler.is_compiling() or given.read):
+            raise Inexact(f"{type(block).__name__}: it does not hand the prefix on to its attention")
+
     before = base.config._attn_implementation
     with ExitStack() as hooks:
         if before != NAME:
@@ -221,6 +231,8 @@ def _wired(model: nn.Module, base: Any, blocks: Sequence[nn.Module], given: Sequ
             for block, value in zip(blocks, given, strict=True):
                 if value is not None:
                     hooks.callback(block.register_forward_pre_hook(argument(value), with_kwargs=True).remove)
+                if isinstance(value, _Given):
+                    hooks.callback(block.register_forward_hook(partial(check, given=value)).remove)
             yield
         finally:
             # Backward runs checkpointed blocks again: they must find the attention that they ran with.
@@ -281,15 +293,15 @@ def hoist(model: nn.Module, prompt: Tensor, *, fallback: str | None = None) -> l
     try:
         base, blocks = _parts(model)
         _check_exact(base)
+        if any(isinstance(part, nn.Conv1d) for block in blocks for part in block.modules()):
+            raise Inexact(f"{type(model).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
         seen: list[KeyValue] = []
         records = [_Record(seen, True, block is blocks[-1]) for block in blocks]
-        inputs = {"input_ids": prompt} if ids else {"inputs_embeds": prompt.to(base.dtype)}
+        inputs = {"input_ids": prompt} if ids else {"inputs_embeds": prompt.to(base.dtype, copy=True)}  # some scale it in place
         with _wired(model, base, blocks, records), _without_checkpointing(blocks), suppress(_Enough):
             base(**inputs, use_cache=False)
         if len(seen) != len(blocks):
-            raise Inexact(
-                f"{type(model).__name__}: {len(seen)} attention calls in {len(blocks)} blocks; other layers mix tokens too"
-            )
+            raise Inexact(f"{type(model).__name__}: {len(seen)} attention calls read the prompt in {len(blocks)} blocks")
         return seen
     except Inexact:
         if not allowed:
@@ -388,7 +400,7 @@ def prefixed(
     base, blocks = _parts(model)
     if len(prefix) != len(blocks):
         raise functional._bad("prefix", f"keys and values for each of the {len(blocks)} blocks", len(prefix))
-    given = [None if pair is None else _Given(*pair, index, lengths) for pair in prefix]
+    given = [None if pair is None else _Given(*pair, index, lengths, []) for pair in prefix]
     shift: int | Tensor = 0
     if offset is not None:
         shift = offset
@@ -402,8 +414,12 @@ def prefixed(
         args, kwargs = (), _named(module, args, kwargs)
         return args, {**kwargs, "position_ids": _positions(module, kwargs) + shift}
 
+    moves = not (isinstance(shift, int) and shift == 0)
+    placed = "position_ids" in inspect.signature(base.forward).parameters
+    if moves and not placed and any(getattr(part, "is_causal", False) for part in blocks[0].modules()):
+        raise Inexact(f"{type(base).__name__}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
     with _wired(model, base, blocks, given), ExitStack() as hooks:
-        if "position_ids" in inspect.signature(base.forward).parameters and not (isinstance(shift, int) and shift == 0):
+        if moves and placed:
             hooks.callback(base.register_forward_pre_hook(move, with_kwargs=True).remove)
         yield model
 
@@ -417,11 +433,20 @@ def _past(kwargs: dict[str, Any]) -> Any:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def _positions(module: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+def _positions(module: Any, kwargs: dict[str, Any]) -> Tensor:
+    """The positions that are given, or that the model would take without a prefix."""
     if kwargs.get("position_ids") is not None:
         return kwargs["position_ids"]
-    rows = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    return (torch.arange(rows.shape[1], device=rows.device) + _past(kwargs))[None]
+    ids, past, mask = kwargs.get("input_ids"), _past(kwargs), kwargs.get("attention_mask")
+    for part in module.modules():
+        if hasattr(part, "create_position_ids_from_input_ids"):  # RoBERTa and its kin count behind the padding id
+            if ids is None:
+                return part.create_position_ids_from_inputs_embeds(kwargs["inputs_embeds"], part.padding_idx) + past
+            return part.create_position_ids_from_input_ids(ids, part.padding_idx, past)
+    if mask is not None and mask.dim() == 2 and module.config.model_type == "opt":  # counts what is not padding
+        return (mask.cumsum(1) * mask - 1).long()[:, past:]
+    rows = kwargs["inputs_embeds"] if ids is None else ids
+    return (torch.arange(rows.shape[1], device=rows.device) + past)[None]
 
 
 # ---- The fallback: tokens in every sample ----

@@ -172,6 +172,35 @@ def test_every_sample_its_own_prompt_by_index(name):
     agree(got, torch.cat(want), prompt)
 
 
+OTHERS = {
+    "OPTForCausalLM": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
+    "RobertaForCausalLM": {"intermediate_size": 48, "is_decoder": True},
+    "BioGptForCausalLM": {"intermediate_size": 48},
+    "CTRLLMHeadModel": {"dff": 48, "n_positions": 64},
+    "GPTNeoXForCausalLM": {"intermediate_size": 48},
+    "Qwen3ForCausalLM": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("side", [None, "right", "left"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(name, side):
+    """Positions that count tokens, that start behind the padding id, that are rotated; embeddings scaled in place."""
+    kind = getattr(transformers, name)
+    config = kind.config_class(
+        hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, vocab_size=VOCABULARY, pad_token_id=1,
+        max_position_embeddings=64, **OTHERS[name],
+    )  # fmt: skip
+    model, prompt, mask = frozen(kind, config=config), double(fnn.SoftPrompt(P, WIDTH)), padding(side)
+    ids = tokens().clamp(min=2)
+    want = concatenated(model, prompt(), ids, mask)
+    with prefixed(model, hoist(model, prompt())):
+        got = model(input_ids=ids, attention_mask=mask).logits
+    seen = slice(None) if mask is None else mask.bool()
+    torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=1e-4)  # some have norms in float32
+    assert (want - model(input_ids=ids, attention_mask=mask).logits)[seen].abs().max() > 0.1
+
+
 def test_a_text_is_a_prompt():
     """Cached demonstrations: ids instead of embeddings."""
     model = frozen(llama)
@@ -491,6 +520,26 @@ def test_models_that_cannot_be_treated_exactly():
     )
     with pytest.raises(Inexact, match="cross attention"):
         hoist(t5, prompt().float())
+    stable = frozen(lambda: transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes)))
+    with pytest.raises(Inexact, match="0 attention calls read the prompt in 2 blocks"):
+        hoist(stable, prompt())
+    prefix = double(fnn.PrefixKV(2, 2, P, WIDTH // HEADS))
+    with prefixed(stable, prefix()), pytest.raises(Inexact, match="does not hand the prefix on"):
+        stable(tokens())
+    bart = frozen(
+        lambda: transformers.BartForCausalLM(
+            transformers.BartConfig(
+                d_model=WIDTH,
+                encoder_layers=2,
+                decoder_layers=2,
+                decoder_attention_heads=HEADS,
+                decoder_ffn_dim=48,
+                vocab_size=VOCABULARY,
+            )
+        )
+    )
+    with pytest.raises(Inexact, match="no position_ids"), prefixed(bart, hoist(bart, prompt())):
+        pass
     with pytest.raises(TypeError, match="model: expected a model of transformers, got Linear"):
         hoist(nn.Linear(2, 2), prompt())
     with pytest.raises(Inexact, match="LlamaDecoderLayer: needs more than its input"):
