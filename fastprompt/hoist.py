@@ -31,6 +31,14 @@ KeyValue = tuple[Tensor, Tensor]
 NAME = "fastprompt"
 
 
+class Hoisted(list[KeyValue | None]):
+    """Pairs (keys, values) [N, Hkv, P, D], one a layer, and the position of the first token behind them."""
+
+    def __init__(self, layers: Sequence[KeyValue | None], offset: int) -> None:
+        super().__init__(layers)
+        self.offset = offset
+
+
 class Tokens(NamedTuple):
     """The fallback: a prompt as tokens of every sample, [1 or B, P, width].
 
@@ -140,11 +148,14 @@ def _mask(
             return filled.expand(batch_size, -1)[:, None, None]
         return (nn.functional.pad(seen, (0, kv_length - seen.shape[1]))[:, :kv_length] & filled)[:, None, None]
     end = q_offset + q_length
+    # Looking at a mask costs a sync on a GPU.
+    if seen is not None and seen.device.type == "cpu" and not torch.compiler.is_compiling() and bool(seen[:, :end].all()):
+        seen = None if seen.shape[1] >= end else seen
     if seen is None:
         if end == kv_length:
             return None
         seen = torch.ones((batch_size, end), dtype=torch.bool, device=device)
-    return seen[:, None, None, :end]
+    return nn.functional.pad(seen, (0, max(0, end - seen.shape[1])))[:, None, None, :end]
 
 
 # ---- The model's parts ----
@@ -161,10 +172,6 @@ def _parts(model: nn.Module) -> tuple[Any, list[nn.Module]]:
     config = model.config
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise Inexact(f"{type(model).__name__}: cross attention, where a prefix has no place")
-    windowed = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
-    kinds = set(getattr(config, "layer_types", None) or windowed) - {"full_attention"}
-    if kinds:
-        raise Inexact(f"{type(model).__name__}: layers of kind {', '.join(sorted(kinds))}, which do not see a whole prefix")
     count = getattr(config, "num_hidden_layers", 0)
     lists = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     lists = [part for part in lists if len({type(block) for block in part}) == 1 and _passes_on(part[0])]
@@ -175,6 +182,13 @@ def _parts(model: nn.Module) -> tuple[Any, list[nn.Module]]:
     # The innermost, because a head may call a decoder past the model around it.
     holders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and lists[0] in part.modules()]
     return holders[-1], list(lists[0])
+
+
+def _check_layers(model: Any) -> None:
+    windowed = ["sliding_attention"] if getattr(model.config, "sliding_window", None) else []
+    kinds = set(getattr(model.config, "layer_types", None) or windowed) - {"full_attention"}
+    if kinds:
+        raise Inexact(f"{type(model).__name__}: layers of kind {', '.join(sorted(kinds))}, which do not see a whole prefix")
 
 
 def _passes_on(block: nn.Module) -> bool:
@@ -223,11 +237,11 @@ def _wired(model: nn.Module, base: Any, blocks: Sequence[nn.Module], given: Sequ
 
     before = base.config._attn_implementation
     with ExitStack() as hooks:
-        if before != NAME:
-            model.set_attn_implementation(NAME)  # type: ignore[operator]
+        try:
+            if before != NAME:
+                model.set_attn_implementation(NAME)  # type: ignore[operator]
             if base.config._attn_implementation != NAME:
                 raise Inexact(f"{type(model).__name__}: its attention cannot be exchanged")
-        try:
             for block, value in zip(blocks, given, strict=True):
                 if value is not None:
                     hooks.callback(block.register_forward_pre_hook(argument(value), with_kwargs=True).remove)
@@ -265,7 +279,7 @@ def _fallback(fallback: str | None) -> bool:
 # ---- Hoisting ----
 
 
-def hoist(model: nn.Module, prompt: Tensor, *, fallback: str | None = None) -> list[KeyValue] | Tokens:
+def hoist(model: nn.Module, prompt: Tensor, *, fallback: str | None = None) -> Hoisted | Tokens:
     """The keys and values of a prompt in front of a causal model, from one run on the prompt alone.
 
     Under a causal mask nothing that follows changes the prompt's rows, so one run serves every sample, and the prompt's
@@ -292,17 +306,18 @@ def hoist(model: nn.Module, prompt: Tensor, *, fallback: str | None = None) -> l
     allowed = _fallback(fallback)
     try:
         base, blocks = _parts(model)
+        _check_layers(model)
         _check_exact(base)
         if any(isinstance(part, nn.Conv1d) for block in blocks for part in block.modules()):
             raise Inexact(f"{type(model).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
         seen: list[KeyValue] = []
         records = [_Record(seen, True, block is blocks[-1]) for block in blocks]
         inputs = {"input_ids": prompt} if ids else {"inputs_embeds": prompt.to(base.dtype, copy=True)}  # some scale it in place
-        with _wired(model, base, blocks, records), _without_checkpointing(blocks), suppress(_Enough):
+        with _without_checkpointing(blocks), _wired(model, base, blocks, records), suppress(_Enough):
             base(**inputs, use_cache=False)
         if len(seen) != len(blocks):
             raise Inexact(f"{type(model).__name__}: {len(seen)} attention calls read the prompt in {len(blocks)} blocks")
-        return seen
+        return Hoisted(seen, prompt.shape[1])
     except Inexact:
         if not allowed:
             raise
@@ -311,7 +326,7 @@ def hoist(model: nn.Module, prompt: Tensor, *, fallback: str | None = None) -> l
 
 def hoist_deep(
     model: nn.Module, prompts: Sequence[Tensor | None], *, reads_prompt: bool = False, fallback: str | None = None
-) -> list[KeyValue | None] | Tokens:
+) -> Hoisted | Tokens:
     """The keys and values of tokens that every block gets anew, by each block's own norm and projections.
 
     A deep prompt's rows are thrown away after the block, so only its keys and values matter, and they are the same for the
@@ -345,11 +360,11 @@ def hoist_deep(
             raise Inexact("reads_prompt: the prompt's rows are read after the last block, so they have to be computed")
         _check_exact(base)
         records = [_Record([], False, True) for _ in blocks]
-        with _wired(model, base, blocks, records), _without_checkpointing(blocks):
+        with _without_checkpointing(blocks), _wired(model, base, blocks, records):
             for block, tokens in zip(blocks, prompts, strict=True):
                 if tokens is not None:
                     _begin(block, tokens.to(base.dtype))
-        return [record.seen[0] if record.seen else None for record in records]
+        return Hoisted([record.seen[0] if record.seen else None for record in records], 0)
     except Inexact:
         if not allowed:
             raise
@@ -386,7 +401,7 @@ def prefixed(
         index: int64 [B], each sample's prefix; -1: none.
         lengths: int64 [N], how many tokens of each prefix there are.
         offset: the position of a sample's first token. Default: P, as behind a cache of that length (with lengths, each
-            sample's own); a deep prompt takes no positions: 0. Without effect on models without positions.
+            sample's own); 0 for a deep prompt, which takes no positions.
 
     Raises:
         ValueError: a prefix that does not fit the model, or a model that has one already.
@@ -398,17 +413,11 @@ def prefixed(
             yield model
         return
     base, blocks = _parts(model)
+    _check_layers(model)
     if len(prefix) != len(blocks):
         raise functional._bad("prefix", f"keys and values for each of the {len(blocks)} blocks", len(prefix))
     given = [None if pair is None else _Given(*pair, index, lengths, []) for pair in prefix]
-    shift: int | Tensor = 0
-    if offset is not None:
-        shift = offset
-    elif lengths is not None:
-        shift = (lengths if index is None else torch.where(index < 0, 0, lengths[index.clamp(min=0)]))[:, None]
-    else:
-        length = max((pair[0].shape[2] for pair in prefix if pair is not None), default=0)
-        shift = length if index is None else torch.where(index < 0, 0, length)[:, None]
+    shift = _offset(prefix, index, lengths) if offset is None else offset
 
     def move(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         args, kwargs = (), _named(module, args, kwargs)
@@ -422,6 +431,19 @@ def prefixed(
         if moves and placed:
             hooks.callback(base.register_forward_pre_hook(move, with_kwargs=True).remove)
         yield model
+
+
+def _offset(prefix: Sequence[KeyValue | None], index: Tensor | None, lengths: Tensor | None) -> int | Tensor:
+    length = max((pair[0].shape[2] for pair in prefix if pair is not None), default=0)
+    if isinstance(prefix, Hoisted):
+        length = prefix.offset
+    if (index is None and lengths is None) or not length:
+        return length
+    if index is None:
+        return lengths[:, None]  # type: ignore[index]
+    functional._check_labels("index", index, None)
+    chosen = length if lengths is None else lengths[index.clamp(min=0)]
+    return torch.where(index < 0, 0, chosen)[:, None]
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -454,11 +476,11 @@ def _positions(module: Any, kwargs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def _with_tokens(model: nn.Module, prompt: Tokens) -> Iterator[None]:
+    base, blocks = _parts(model)
     with ExitStack() as hooks:
         if prompt.shallow is not None:
-            _in_front(model.base_model, prompt.shallow, hooks)
+            _in_front(base, prompt.shallow, hooks)
         else:
-            _, blocks = _parts(model)
             if any(getattr(part, "is_causal", False) for part in blocks[0].modules()):
                 raise Inexact(f"{type(model).__name__}: tokens in the blocks of a causal model have no place in its mask")
             _in_blocks(blocks, prompt, hooks)

@@ -307,7 +307,7 @@ def test_deep_tokens_in_bert(side):
     """Tokens in the blocks have no positions of their own."""
     model, prompt, mask = frozen(bert), double(fnn.DeepPrompt(LAYERS, P, WIDTH)), padding(side)
     want = own(deep_by_tokens(model.encoder.layer, model.embeddings(tokens()), prompt(), mask))
-    with prefixed(model, hoist_deep(model, prompt()), offset=0):
+    with prefixed(model, hoist_deep(model, prompt())):
         agree(model(tokens(), attention_mask=mask).last_hidden_state, want, prompt, mask)
 
 
@@ -526,18 +526,15 @@ def test_models_that_cannot_be_treated_exactly():
     prefix = double(fnn.PrefixKV(2, 2, P, WIDTH // HEADS))
     with prefixed(stable, prefix()), pytest.raises(Inexact, match="does not hand the prefix on"):
         stable(tokens())
-    bart = frozen(
-        lambda: transformers.BartForCausalLM(
-            transformers.BartConfig(
-                d_model=WIDTH,
-                encoder_layers=2,
-                decoder_layers=2,
-                decoder_attention_heads=HEADS,
-                decoder_ffn_dim=48,
-                vocab_size=VOCABULARY,
-            )
-        )
+    config = transformers.BartConfig(
+        d_model=WIDTH,
+        encoder_layers=2,
+        decoder_layers=2,
+        decoder_attention_heads=HEADS,
+        decoder_ffn_dim=48,
+        vocab_size=VOCABULARY,
     )
+    bart = frozen(lambda: transformers.BartForCausalLM(config))
     with pytest.raises(Inexact, match="no position_ids"), prefixed(bart, hoist(bart, prompt())):
         pass
     with pytest.raises(TypeError, match="model: expected a model of transformers, got Linear"):
@@ -563,6 +560,9 @@ def test_wrong_arguments():
         pass
     with prefixed(model, prefix()), prefixed(model, prefix()), pytest.raises(ValueError, match="has a prefix already"):
         model(tokens())
+    with pytest.raises(ValueError, match=r"index: expected \[T\]"), \
+            prefixed(model, prefix(), index=torch.zeros(B, 2, dtype=torch.long)):  # fmt: skip
+        pass
     with pytest.raises(ValueError, match="prompt: expected embeddings"):
         hoist(model, torch.zeros(4))
     with pytest.raises(ValueError, match="fallback: expected None"):
