@@ -233,7 +233,7 @@ def attention_own_gradient_kernel(
 @triton.jit(do_not_specialize=["batch", "heads", "queries", "prefixes", "prefix_rows", "stack", "tiles", "splits"])
 def attention_prefix_gradient_kernel(
     q_ptr, prefix_k_ptr, prefix_v_ptr, pairs_ptr, first_ptr, prefix_lengths_ptr, starts_q_ptr, gate_ptr,
-    g_ptr, lse_ptr, delta_ptr, out_ptr,
+    g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     batch, heads, queries, prefixes, prefix_rows, stack, tiles, splits,
     stride_qb, stride_qh, stride_qt, stride_pkn, stride_pkh, stride_pkr, stride_pvn, stride_pvh, stride_pvr,
     stride_gateb, stride_gateh, stride_gb, stride_gh, stride_gt, stride_lb, stride_lh,
@@ -241,7 +241,7 @@ def attention_prefix_gradient_kernel(
     USERS: tl.constexpr, SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, k and v, N, Hkv, P, D]: what one chunk of the queries adds to COLUMNS rows of one prefix and key head.
+    """dk, dv [splits, N, Hkv, P, D]: what one chunk of the queries adds to COLUMNS rows of one prefix and key head.
 
     USERS of prefix n: "fold", the queries of all samples as one long list; "all" samples, one after the other; "sample" n;
     "index", the samples pairs[first[n] : first[n + 1]] // stack.
@@ -319,22 +319,25 @@ def attention_prefix_gradient_kernel(
     dk = tl.where(there[:, None], dk * scale, 0.0)
     dv = tl.where(there[:, None], dv, 0.0)
     to = (prefix_row < prefix_rows)[:, None] & (d < D)[None, :]
-    size = prefixes.to(tl.int64) * heads * prefix_rows * D
-    place = out_ptr + split * 2 * size + ((n * heads + head) * prefix_rows + prefix_row)[:, None] * D + d[None, :]
-    tl.store(place, rounded(dk, out_ptr.dtype.element_ty), mask=to)
-    tl.store(place + size, rounded(dv, out_ptr.dtype.element_ty), mask=to)
+    place = (((split * prefixes + n) * heads + head) * prefix_rows + prefix_row)[:, None] * D + d[None, :]
+    tl.store(dk_ptr + place, rounded(dk, dk_ptr.dtype.element_ty), mask=to)
+    tl.store(dv_ptr + place, rounded(dv, dv_ptr.dtype.element_ty), mask=to)
 
 
 @triton.jit(do_not_specialize=["size", "splits"])
-def attention_prefix_sum_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
-    """out = partial[0] + partial[1] + ..., in this order."""
+def attention_prefix_sum_kernel(dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, size, splits, BLOCK: tl.constexpr):
+    """dk = dk_parts[0] + dk_parts[1] + ..., in this order, and dv likewise."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    source = partial_ptr + e
+    inside = e < size
+    dk = tl.zeros([BLOCK], tl.float32)
+    dv = tl.zeros([BLOCK], tl.float32)
+    at = e
     for _ in range(splits):
-        total += tl.load(source, mask=e < size, other=0.0)
-        source += size
-    tl.store(out_ptr + e, rounded(total, out_ptr.dtype.element_ty), mask=e < size)
+        dk += tl.load(dk_parts_ptr + at, mask=inside, other=0.0)
+        dv += tl.load(dv_parts_ptr + at, mask=inside, other=0.0)
+        at += size
+    tl.store(dk_ptr + e, rounded(dk, dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + e, rounded(dv, dv_ptr.dtype.element_ty), mask=inside)
 
 
 def users_of(index, prefixes):
@@ -370,13 +373,14 @@ def prefix_gradient(
             batch, max_q, packed, starts_q = 1, q.shape[2], False, None
     tile = launch.prefix
     tiles = triton.cdiv(prefix_rows, tile.COLUMNS)
-    shape = (2, *prefix_k.shape)
-    out = torch.empty(shape, dtype=prefix_k.dtype, device=q.device)
+    dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (prefix_k, prefix_v))
     splits = launch.splits
-    partial = out if splits == 1 else torch.empty((splits, *shape), dtype=torch.float32, device=q.device)
-    if out.numel():
+    parts = (dk, dv)
+    if splits > 1:
+        parts = tuple(torch.empty((splits, *dk.shape), dtype=torch.float32, device=q.device) for _ in parts)
+    if dk.numel():
         attention_prefix_gradient_kernel[(tiles * heads * prefixes * splits,)](
-            q, prefix_k, prefix_v, pairs, first, prefix_lengths, starts_q, gate, g, lse, delta, partial,
+            q, prefix_k, prefix_v, pairs, first, prefix_lengths, starts_q, gate, g, lse, delta, *parts,
             batch, heads, max_q, prefixes, prefix_rows, stack, tiles, splits,
             *strides(q, packed), *strides(prefix_k), *strides(prefix_v), *gate_strides, *strides(g, packed),
             *strides(lse, packed)[:2], scale, softcap,
@@ -386,10 +390,10 @@ def prefix_gradient(
         )  # fmt: skip
         if splits > 1:
             block = 256
-            attention_prefix_sum_kernel[(triton.cdiv(out.numel(), block),)](
-                partial, out, out.numel(), splits, BLOCK=block, num_warps=4, enable_fp_fusion=True
+            attention_prefix_sum_kernel[(triton.cdiv(dk.numel(), block),)](
+                *parts, dk, dv, dk.numel(), splits, BLOCK=block, num_warps=4, enable_fp_fusion=True
             )
-    return out[0], out[1]
+    return dk, dv
 
 
 def empty_rows(t):
