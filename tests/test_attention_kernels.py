@@ -396,11 +396,11 @@ def test_chunks_are_added_in_order(device):
     """The sum over chunks is ((first + second) + third) in float32, and not another order."""
     from fastprompt.kernels.attention.backward import attention_prefix_sum_kernel
 
-    partial = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(device) * 1e3
-    out = torch.empty(300, device=device)
-    attention_prefix_sum_kernel[(2,)](partial, out, 300, 5, BLOCK=256, num_warps=4, enable_fp_fusion=True)
-    want = partial[0].clone()
-    for row in partial[1:]:
+    partial = torch.randn(2, 5, 300, generator=torch.Generator().manual_seed(0)).to(device) * 1e3
+    out = torch.empty(2, 300, device=device)
+    attention_prefix_sum_kernel[(2,)](*partial, *out, 300, 5, BLOCK=256, num_warps=4, enable_fp_fusion=True)
+    want = partial[:, 0].clone()
+    for row in partial[:, 1:].unbind(1):
         want += row
     check_bits(out, want)
 
