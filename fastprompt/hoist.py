@@ -91,6 +91,7 @@ def _attention(
     """
     layer = type(module).__name__
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = causal and getattr(getattr(module, "config", None), "is_causal", True)  # a decoder may be used as an encoder
     for name in ("sliding_window", "position_bias", "s_aux"):
         if others.get(name) is not None:
             raise Inexact(f"{layer}: its attention has a {name}, which attention over a shared prefix does not know")

@@ -442,6 +442,17 @@ def test_a_shallow_prompt_under_bidirectional_attention():
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
 
 
+def test_a_decoder_used_as_an_encoder_is_bidirectional():
+    model, mask = frozen(llama), padding("left")
+    model.config.is_causal = False
+    with pytest.raises(Inexact, match="bidirectional"):
+        hoist(model, double(fnn.SoftPrompt(P, WIDTH))())
+    prefix = double(fnn.PrefixKV(LAYERS, 2, P, WIDTH // HEADS))
+    want = model(tokens(), attention_mask=ahead(mask), past_key_values=cached(prefix())).logits
+    with prefixed(model, prefix()):
+        agree(model(tokens(), attention_mask=mask, use_cache=False).logits, want, prefix, mask)
+
+
 def test_the_fallback_of_a_causal_model_generates():
     model, prompt = frozen(gpt2, resid_pdrop=0.1).train(), double(fnn.SoftPrompt(P, WIDTH))
     kept = hoist(model, prompt(), fallback="tokens")
