@@ -224,7 +224,7 @@ def _joins(q: Tensor, k: Tensor, prefix_k: Tensor | None, others: tuple[Tensor |
     (batch, heads, queries, width), (key_heads, keys), rows = q.shape, k.shape[1:3], prefix_k.shape[2]
     if not (batch and queries and keys and rows) or (s.causal and queries >= 512 and rows >= 64):
         return False
-    return 2 * batch * key_heads * (rows + keys) * width < 4 * batch * heads * queries * width + 60_000
+    return 2 * batch * key_heads * (rows + keys) * width < 4 * batch * heads * queries * width + 600_000
 
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -434,19 +434,14 @@ def _exactly(gate: Tensor | None, g_lse: Tensor | None, *tensors: Any) -> list[A
 
 
 def _join(k: Tensor, prefix: Tensor) -> Tensor:
-    """[prefix | k] token by token in memory."""
-    (batch, heads, keys, width), rows = k.shape, prefix.shape[2]
-    whole = k.new_empty((batch, rows + keys, heads, width)).transpose(1, 2)
-    whole[:, :, :rows], whole[:, :, rows:] = prefix, k
-    return whole
+    return torch.cat([prefix.expand(k.shape[0], -1, -1, -1), k], 2)
 
 
 def _lower_right(queries: int, columns: int, s: Settings) -> Tensor | None:
     """The causal mask of joined columns."""
     if not s.causal or queries == 1:
         return None
-    ahead = torch.ones((queries, columns), dtype=torch.bool).triu(columns - queries + 1)
-    return torch.zeros((queries, columns)).masked_fill_(ahead, -torch.inf)
+    return torch.full((queries, columns), -torch.inf).triu_(columns - queries + 1)
 
 
 def _forward_cpu(  # type: ignore[no-untyped-def]
@@ -457,16 +452,18 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
         return _forward_triton(
             q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, *settings
         )
-    out, lse = _empty_results(q)
     if _joins(q, k, prefix_k, (index, prefix_lengths, lengths, key_mask, starts_q, gate), s):
         keys, values = _join(k, prefix_k), _join(v, prefix_v)
         found = _flash(_rows(q), keys, values, s.scale, False, _lower_right(q.shape[2], keys.shape[2], s))
-        return [*_as_promised(found, out), keys, values]
+        return [*_as_promised(found, q), keys, values]
+    like = q
     q, k, v, prefix_k, prefix_v = _exactly(gate, None, q, k, v, prefix_k, prefix_v)
+    if starts_q is None and q.numel():
+        found = _attend(q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, gate, s)
+        return _as_promised(found, like)
+    out, lse = _empty_results(like)
     if starts_q is None:
-        if not q.numel():
-            return [out, lse]
-        return _as_promised(_attend(q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, gate, s), out)
+        return [out, lse]
     for i, (own_q, own_k) in enumerate(sequences(starts_q, starts_k)):
         if own_q.start < own_q.stop:
             pk, pv, size = rows_of(i, index is None, prefix_k, prefix_v, prefix_lengths)
@@ -477,9 +474,15 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
     return [out, lse]
 
 
-def _as_promised(found: tuple[Tensor, Tensor], out: Tensor) -> list[Tensor]:
-    same = found[0].stride() == out.stride() and found[0].dtype == out.dtype
-    return [found[0] if same else out.copy_(found[0]), found[1].contiguous()]
+def _as_promised(found: tuple[Tensor, Tensor], q: Tensor) -> list[Tensor]:
+    return [_laid_out(found[0], _empty_like(q, "meta")), found[1].contiguous()]
+
+
+def _laid_out(t: Tensor, promised: Tensor) -> Tensor:
+    """t in the strides and dtype that a fake promises."""
+    if t.dtype == promised.dtype and t.stride() == promised.stride():
+        return t
+    return torch.empty_strided(t.shape, promised.stride(), dtype=promised.dtype, device=t.device).copy_(t)
 
 
 def _backward_cpu(  # type: ignore[no-untyped-def]
@@ -499,9 +502,13 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
         delta = None if g_lse is None else (g * out).sum(-1) - g_lse
         mask = _lower_right(q.shape[2], k.shape[2], s)
         dq, *both = _part_backward(_rows(g), _rows(q), k, v, out, lse, delta, False, mask, s.scale)
-        whole: list[Any] = [dq if needs[0] else None] + [d[:, :, rows:] if needs[1] else None for d in both]
+        whole: list[Any] = [dq if needs[0] else None]
+        # Token by token first: what is sliced after that lies where the fake says.
+        tokens = [d.to(given[1].dtype).transpose(1, 2).contiguous().transpose(1, 2) for d in both]
+        whole += [d[:, :, rows:] if needs[1] else None for d in tokens]
         if needs[2]:
-            whole += [d[:, :, :rows].sum_to_size(prefix_k.shape) for d in both]
+            ours = [d[:, :, :rows] for d in both]
+            whole += [d.sum(0, keepdim=True, dtype=torch.float32) if prefix_k.shape[0] == 1 else d for d in ours]
         return _in_promised_layout(whole, *given, joined, needs, False)
     if starts_q is None and q.numel():
         k, v = k[:, :, rows:], v[:, :, rows:]
@@ -530,9 +537,10 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
 # ---- Registration ----
 
 
-def _empty_like(t: Tensor) -> Tensor:
+def _empty_like(t: Tensor, device: str | None = None) -> Tensor:
     """In the strides of t where its rows are dense."""
-    return torch.empty_like(t, memory_format=torch.preserve_format if t.stride(3) == 1 else torch.contiguous_format)
+    layout = torch.preserve_format if t.stride(3) == 1 else torch.contiguous_format
+    return torch.empty_like(t, memory_format=layout, device=device)
 
 
 def _empty_results(q: Tensor) -> list[Tensor]:
@@ -545,30 +553,27 @@ def _by_tensor(needs: list[bool]) -> tuple[bool, ...]:
 
 
 def _empty_gradients(  # type: ignore[no-untyped-def]
-    q, k, v, prefix_k, prefix_v, gate, joined: bool, needs, kernels: bool
+    q, k, v, prefix_k, prefix_v, gate, joined: bool, needs, kernels: bool, device: str | None = None
 ) -> list[Tensor]:
     """Those of q, k and v as the kernels leave them, or token by token as PyTorch's flash attention on a CPU does."""
     made = []
     for place, (t, need) in enumerate(zip((q, k, v, prefix_k, prefix_v, gate), _by_tensor(needs), strict=True)):
         if need and place < 3 and kernels:
-            made.append(_empty_like(t))
+            made.append(_empty_like(t, device))
         elif need and place < 3:
-            whole = t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
+            whole = t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3]), device=device).transpose(1, 2)
             made.append(whole[:, :, prefix_k.shape[2] :] if joined and place else whole)
         elif need:
-            made.append(t.new_empty(t.shape))
+            made.append(t.new_empty(t.shape, device=device))
     return made
 
 
 def _in_promised_layout(  # type: ignore[no-untyped-def]
     found, q, k, v, prefix_k, prefix_v, gate, joined: bool, needs, kernels: bool
 ) -> list[Tensor]:
-    """What was found and is not None, in the strides and dtypes that the fakes promise."""
-    promised = _empty_gradients(q, k, v, prefix_k, prefix_v, gate, joined, needs, kernels)
-    found = [d for d in found if d is not None]
-    return [
-        d if d.dtype == to.dtype and d.stride() == to.stride() else to.copy_(d) for d, to in zip(found, promised, strict=True)
-    ]
+    """What was found and is not None."""
+    promised = _empty_gradients(q, k, v, prefix_k, prefix_v, gate, joined, needs, kernels, "meta")
+    return [_laid_out(d, to) for d, to in zip((d for d in found if d is not None), promised, strict=True)]
 
 
 def _forward_fake(  # type: ignore[no-untyped-def]
@@ -576,8 +581,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 ):
     results = _empty_results(q)
     if _joins(q, k, prefix_k, (index, prefix_lengths, lengths, key_mask, starts_q, gate), Settings(*settings)):
-        shape = (k.shape[0], prefix_k.shape[2] + k.shape[2], k.shape[1], k.shape[3])
-        results += [k.new_empty(shape).transpose(1, 2) for _ in range(2)]
+        results += [_join(k, prefix_k), _join(v, prefix_v)]
     return results
 
 
