@@ -288,6 +288,7 @@ def test_nan_in_what_is_seen_comes_out(impl, device):
         columns = slice(3, 4) if name.endswith("v") else slice(None)
         place[slice(None) if shared else sample, 1, rows, columns] = True
         assert torch.equal(got["out"].isnan(), place), name
+        assert torch.equal(got["lse"].isnan(), place.any(-1) if not name.endswith("v") else torch.zeros_like(place[..., 0])), name
         torch.testing.assert_close(got["out"][~place], clean["out"][~place], rtol=1e-6, atol=1e-6)
 
 

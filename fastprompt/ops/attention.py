@@ -224,7 +224,7 @@ def _joins(q: Tensor, k: Tensor, prefix_k: Tensor | None, others: tuple[Tensor |
     (batch, heads, queries, width), (key_heads, keys), rows = q.shape, k.shape[1:3], prefix_k.shape[2]
     if not (batch and queries and keys and rows) or (s.causal and queries >= 512 and rows >= 64):
         return False
-    return 2 * batch * key_heads * (rows + keys) * width < 4 * batch * heads * queries * width + 600_000
+    return 2 * batch * key_heads * (rows + keys) * width < 4 * batch * heads * queries * width + 560_000
 
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
