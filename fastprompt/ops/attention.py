@@ -242,7 +242,7 @@ def _flash(
     if blind is not None:
         out.masked_fill_(blind[..., None], 0)
         lse.masked_fill_(blind, -torch.inf)
-    if torch.count_nonzero(lse) < lse.numel():
+    if int(torch.count_nonzero(lse)) < lse.numel():
         scores = q.unflatten(1, (k.shape[1], -1)) @ k.transpose(2, 3)[:, :, None]
         scores = scores.flatten(1, 2).float() * scale if mask is None else scores.flatten(1, 2).float() * scale + mask
         if causal:
@@ -454,8 +454,8 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
         )
     if _joins(q, k, prefix_k, (index, prefix_lengths, lengths, key_mask, starts_q, gate), s):
         keys, values = _join(k, prefix_k), _join(v, prefix_v)
-        found = _flash(_rows(q), keys, values, s.scale, False, _lower_right(q.shape[2], keys.shape[2], s))
-        return [*_as_promised(found, q), keys, values]
+        out, lse = _flash(_rows(q), keys, values, s.scale, False, _lower_right(q.shape[2], keys.shape[2], s))
+        return [out, lse.contiguous(), keys, values]  # out lies like _rows(q), which is what the fake promises
     like = q
     q, k, v, prefix_k, prefix_v = _exactly(gate, None, q, k, v, prefix_k, prefix_v)
     if starts_q is None and q.numel():
