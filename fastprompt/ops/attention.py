@@ -26,9 +26,10 @@ _TENSORS = (
 _SETTINGS = (
     "SymInt max_q, SymInt max_k, SymInt window, bool causal, bool left, bool triton, float scale, float softcap"  # Settings
 )
-_library.define(f"prefix_attention({_TENSORS}{_SETTINGS}) -> (Tensor, Tensor)")
+_library.define(f"prefix_attention({_TENSORS}{_SETTINGS}) -> Tensor[]")
 _library.define(
-    f"prefix_attention_backward(Tensor g, Tensor? g_lse, {_TENSORS}Tensor out, Tensor lse, bool[] needs, {_SETTINGS}) -> Tensor[]"
+    f"prefix_attention_backward(Tensor g, Tensor? g_lse, {_TENSORS}Tensor out, Tensor lse, "
+    f"bool joined, bool[] needs, {_SETTINGS}) -> Tensor[]"
 )
 
 
@@ -61,22 +62,22 @@ def rows_of(i: int, rows: bool, *tensors: Any) -> list[Any]:
 
 def _forward_triton(  # type: ignore[no-untyped-def]
     q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, *settings
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     from fastprompt.kernels.attention.forward import attention_forward
 
     s = Settings(*settings)
-    out, lse = _empty_results(q)
+    out, lse = results = _empty_results(q)
     attention_forward(
         q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, out, lse,
         max_q=s.max_q, max_k=s.max_k, scale=s.scale, causal=s.causal, window=s.window, left=s.left, softcap=s.softcap,
         launch=_launch("forward", q, k, prefix_k, index, starts_q, s),
     )  # fmt: skip
-    return out, lse
+    return results
 
 
 def _backward_triton(  # type: ignore[no-untyped-def]
     g, g_lse, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, out, lse,
-    needs, *settings,
+    joined, needs, *settings,
 ) -> list[Tensor]:  # fmt: skip
     from fastprompt.kernels.attention.backward import attention_backward
 
@@ -86,7 +87,7 @@ def _backward_triton(  # type: ignore[no-untyped-def]
         needs=tuple(needs), max_q=s.max_q, max_k=s.max_k, scale=s.scale, causal=s.causal, window=s.window, left=s.left,
         softcap=s.softcap, launch=_launch("backward", q, k, prefix_k, index, starts_q, s),
     )  # fmt: skip
-    return _in_promised_layout(found, q, k, v, prefix_k, prefix_v, gate, needs)
+    return _in_promised_layout(found, q, k, v, prefix_k, prefix_v, gate, False, needs, True)
 
 
 def _launch(  # type: ignore[no-untyped-def]
@@ -209,17 +210,21 @@ def _unfold(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _folds(q: Tensor, columns: Tensor) -> bool:
-    """Whether the samples that share a prefix are made one sample: it pays while queries are few (measured)."""
-    return columns.shape[0] == 1 and q.shape[0] > 1 and q.shape[2] <= 64
+    """Whether the samples that share a prefix are made one sample: it pays while few queries read a key head (measured)."""
+    return columns.shape[0] == 1 and q.shape[0] > 1 and q.shape[2] * q.shape[1] // columns.shape[1] <= 64
 
 
-def _joins(q: Tensor, own: _Own | None, reads: list[_Read], gate: Tensor | None) -> bool:
-    """Whether copying the columns behind each other beats merging two results (measured)."""
-    return (
-        own is not None and own.mask is None and not own.causal and gate is None
-        and len(reads) == 1 and reads[0].lengths is None and isinstance(reads[0].samples, slice)
-        and (q.shape[2] > 64 or (q.shape[0] == 1 and q.shape[2] > 1))
-    )  # fmt: skip
+def _joins(q: Tensor, k: Tensor, prefix_k: Tensor | None, others: tuple[Tensor | None, ...], s: Settings) -> bool:
+    """Whether a prefix is copied in front of the keys after all: where that costs less than merging two results (measured).
+
+    A function of shapes alone, because the joined keys are then results too: the backward pass reads them again.
+    """
+    if prefix_k is None or s.triton or q.device.type != "cpu" or s.window or any(t is not None for t in others):
+        return False
+    (batch, heads, queries, width), (key_heads, keys), rows = q.shape, k.shape[1:3], prefix_k.shape[2]
+    if not (batch and queries and keys and rows) or (s.causal and queries >= 512 and rows >= 64):
+        return False
+    return 2 * batch * key_heads * (rows + keys) * width < 4 * batch * heads * queries * width + 560_000
 
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -237,7 +242,7 @@ def _flash(
     if blind is not None:
         out.masked_fill_(blind[..., None], 0)
         lse.masked_fill_(blind, -torch.inf)
-    if torch.count_nonzero(lse) < lse.numel():
+    if int(torch.count_nonzero(lse)) < lse.numel():
         scores = q.unflatten(1, (k.shape[1], -1)) @ k.transpose(2, 3)[:, :, None]
         scores = scores.flatten(1, 2).float() * scale if mask is None else scores.flatten(1, 2).float() * scale + mask
         if causal:
@@ -289,10 +294,6 @@ def _attend(  # type: ignore[no-untyped-def]
     index, unknown = _known(index, prefix_k)
     own, reads = _own(k, v, q.shape[2], lengths, key_mask, s), _reads(prefix_k, index, prefix_lengths, q.shape[0])
     q = _rows(q)
-    if unknown is None and _joins(q, own, reads, gate):
-        assert own is not None
-        shared = [_columns(t, reads[0]).expand(q.shape[0], -1, -1, -1) for t in (prefix_k, prefix_v)]
-        return _flash(q, torch.cat([shared[0], own.k], 2), torch.cat([shared[1], own.v], 2), s.scale)
     result = None if own is None else _read_own(q, own, s.scale)
     factor = None if gate is None else gate.to(q.dtype).expand(q.shape[:2])[:, :, None, None]
     for read in reads:
@@ -432,22 +433,37 @@ def _exactly(gate: Tensor | None, g_lse: Tensor | None, *tensors: Any) -> list[A
     return [None if t is None else t.float() for t in tensors]
 
 
+def _join(k: Tensor, prefix: Tensor) -> Tensor:
+    return torch.cat([prefix.expand(k.shape[0], -1, -1, -1), k], 2)
+
+
+def _lower_right(queries: int, columns: int, s: Settings) -> Tensor | None:
+    """The causal mask of joined columns."""
+    if not s.causal or queries == 1:
+        return None
+    return torch.full((queries, columns), -torch.inf).triu_(columns - queries + 1)
+
+
 def _forward_cpu(  # type: ignore[no-untyped-def]
     q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, *settings
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     s = Settings(*settings)
     if s.triton:
         return _forward_triton(
             q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, *settings
         )
-    out, lse = _empty_results(q)
+    if _joins(q, k, prefix_k, (index, prefix_lengths, lengths, key_mask, starts_q, gate), s):
+        keys, values = _join(k, prefix_k), _join(v, prefix_v)
+        out, lse = _flash(_rows(q), keys, values, s.scale, False, _lower_right(q.shape[2], keys.shape[2], s))
+        return [out, lse.contiguous(), keys, values]  # out lies like _rows(q), which is what the fake promises
+    like = q
     q, k, v, prefix_k, prefix_v = _exactly(gate, None, q, k, v, prefix_k, prefix_v)
+    if starts_q is None and q.numel():
+        found = _attend(q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, gate, s)
+        return _as_promised(found, like)
+    out, lse = _empty_results(like)
     if starts_q is None:
-        found = (out, lse)
-        if q.numel():
-            found = _attend(q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, gate, s)
-        same = found[0].stride() == out.stride() and found[0].dtype == out.dtype
-        return found[0] if same else out.copy_(found[0]), found[1].contiguous()
+        return [out, lse]
     for i, (own_q, own_k) in enumerate(sequences(starts_q, starts_k)):
         if own_q.start < own_q.stop:
             pk, pv, size = rows_of(i, index is None, prefix_k, prefix_v, prefix_lengths)
@@ -455,26 +471,51 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
             out[:, :, own_q], lse[:, :, own_q] = _attend(
                 q[:, :, own_q], k[:, :, own_k], v[:, :, own_k], pk, pv, chosen, size, None, None, factor, s
             )
-    return out, lse
+    return [out, lse]
+
+
+def _as_promised(found: tuple[Tensor, Tensor], q: Tensor) -> list[Tensor]:
+    return [_laid_out(found[0], _empty_like(q, "meta")), found[1].contiguous()]
+
+
+def _laid_out(t: Tensor, promised: Tensor) -> Tensor:
+    """t in the strides and dtype that a fake promises."""
+    if t.dtype == promised.dtype and t.stride() == promised.stride():
+        return t
+    return torch.empty_strided(t.shape, promised.stride(), dtype=promised.dtype, device=t.device).copy_(t)
 
 
 def _backward_cpu(  # type: ignore[no-untyped-def]
     g, g_lse, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, out, lse,
-    needs, *settings,
+    joined, needs, *settings,
 ) -> list[Tensor]:  # fmt: skip
     s = Settings(*settings)
     if s.triton:
         return _backward_triton(
             g, g_lse, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, out,
-            lse, needs, *settings,
+            lse, joined, needs, *settings,
         )  # fmt: skip
     given = (q, k, v, prefix_k, prefix_v, gate)
+    rows = prefix_k.shape[2] if joined else 0
     g, q, k, v, prefix_k, prefix_v, out = _exactly(gate, g_lse, g, q, k, v, prefix_k, prefix_v, out)
+    if joined and (needs[0] or needs[1]):
+        delta = None if g_lse is None else (g * out).sum(-1) - g_lse
+        mask = _lower_right(q.shape[2], k.shape[2], s)
+        dq, *both = _part_backward(_rows(g), _rows(q), k, v, out, lse, delta, False, mask, s.scale)
+        whole: list[Any] = [dq if needs[0] else None]
+        # Token by token first: what is sliced after that lies where the fake says.
+        tokens = [d.to(given[1].dtype).transpose(1, 2).contiguous().transpose(1, 2) for d in both]
+        whole += [d[:, :, rows:] if needs[1] else None for d in tokens]
+        if needs[2]:
+            ours = [d[:, :, :rows] for d in both]
+            whole += [d.sum(0, keepdim=True, dtype=torch.float32) if prefix_k.shape[0] == 1 else d for d in ours]
+        return _in_promised_layout(whole, *given, joined, needs, False)
     if starts_q is None and q.numel():
+        k, v = k[:, :, rows:], v[:, :, rows:]
         whole = _attend_backward(
             g, g_lse, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, gate, out, lse, needs, s
         )
-        return _in_promised_layout(whole, *given, needs)
+        return _in_promised_layout(whole, *given, joined, needs, False)
     found: list[Any] = [torch.zeros(t.shape) if need else None for t, need in zip(given, _by_tensor(needs), strict=True)]
     for i, (own_q, own_k) in enumerate([] if starts_q is None else sequences(starts_q, starts_k)):
         if own_q.start == own_q.stop:
@@ -490,16 +531,20 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
         for total, d in zip(to, part, strict=True):
             if total is not None:
                 total += d
-    return _in_promised_layout(found, *given, needs)
+    return _in_promised_layout(found, *given, joined, needs, False)
 
 
 # ---- Registration ----
 
 
-def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """out with the strides of q where its rows are dense; lse contiguous."""
-    layout = torch.preserve_format if q.stride(3) == 1 else torch.contiguous_format
-    return torch.empty_like(q, memory_format=layout), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _empty_like(t: Tensor, device: str | None = None) -> Tensor:
+    """In the strides of t where its rows are dense."""
+    layout = torch.preserve_format if t.stride(3) == 1 else torch.contiguous_format
+    return torch.empty_like(t, memory_format=layout, device=device)
+
+
+def _empty_results(q: Tensor) -> list[Tensor]:
+    return [_empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)]
 
 
 def _by_tensor(needs: list[bool]) -> tuple[bool, ...]:
@@ -508,39 +553,44 @@ def _by_tensor(needs: list[bool]) -> tuple[bool, ...]:
 
 
 def _empty_gradients(  # type: ignore[no-untyped-def]
-    q, k, v, prefix_k, prefix_v, gate, needs
+    q, k, v, prefix_k, prefix_v, gate, joined: bool, needs, kernels: bool, device: str | None = None
 ) -> list[Tensor]:
-    """Those of q, k and v token by token ([B, length, heads, D] in memory, as linear layers want them), others contiguous."""
-    tensors = (q, k, v, prefix_k, prefix_v, gate)
+    """Those of q, k and v as the kernels leave them, or token by token as PyTorch's flash attention on a CPU does."""
     made = []
-    for place, (t, need) in enumerate(zip(tensors, _by_tensor(needs), strict=True)):
-        if need and place < 3:
-            made.append(t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2))
+    for place, (t, need) in enumerate(zip((q, k, v, prefix_k, prefix_v, gate), _by_tensor(needs), strict=True)):
+        if need and place < 3 and kernels:
+            made.append(_empty_like(t, device))
+        elif need and place < 3:
+            whole = t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3]), device=device).transpose(1, 2)
+            made.append(whole[:, :, prefix_k.shape[2] :] if joined and place else whole)
         elif need:
-            made.append(t.new_empty(t.shape))
+            made.append(t.new_empty(t.shape, device=device))
     return made
 
 
 def _in_promised_layout(  # type: ignore[no-untyped-def]
-    found, q, k, v, prefix_k, prefix_v, gate, needs
+    found, q, k, v, prefix_k, prefix_v, gate, joined: bool, needs, kernels: bool
 ) -> list[Tensor]:
-    """What was found and is not None, in the strides and dtypes that the fakes promise."""
-    promised = _empty_gradients(q, k, v, prefix_k, prefix_v, gate, needs)
-    found = [d for d in found if d is not None]
-    return [
-        d if d.dtype == to.dtype and d.stride() == to.stride() else to.copy_(d) for d, to in zip(found, promised, strict=True)
-    ]
+    """What was found and is not None."""
+    promised = _empty_gradients(q, k, v, prefix_k, prefix_v, gate, joined, needs, kernels, "meta")
+    return [_laid_out(d, to) for d, to in zip((d for d in found if d is not None), promised, strict=True)]
 
 
-def _forward_fake(q, *_):  # type: ignore[no-untyped-def]
-    return _empty_results(q)
+def _forward_fake(  # type: ignore[no-untyped-def]
+    q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, *settings
+):
+    results = _empty_results(q)
+    if _joins(q, k, prefix_k, (index, prefix_lengths, lengths, key_mask, starts_q, gate), Settings(*settings)):
+        results += [_join(k, prefix_k), _join(v, prefix_v)]
+    return results
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
     g, g_lse, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, out, lse,
-    needs, *_,
+    joined, needs, *settings,
 ):  # fmt: skip
-    return _empty_gradients(q, k, v, prefix_k, prefix_v, gate, needs)
+    kernels = Settings(*settings).triton or q.device.type == "cuda"
+    return _empty_gradients(q, k, v, prefix_k, prefix_v, gate, joined, needs, kernels)
 
 
 for _name, _triton, _cpu, _fake in (
@@ -578,9 +628,9 @@ class PrefixAttention(torch.autograd.Function):
     ):
         ctx.set_materialize_grads(False)
         given = (q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate)
-        out, lse = _forward(*given, *settings)
-        ctx.save_for_backward(*given, out, lse)
-        ctx.settings, ctx.through_lse = settings, through_lse
+        out, lse, *joined = _forward(*given, *settings)
+        ctx.save_for_backward(q, *(joined or (k, v)), *given[3:], out, lse)
+        ctx.settings, ctx.through_lse, ctx.joined = settings, through_lse, bool(joined)
         return out, lse
 
     @staticmethod
@@ -596,6 +646,6 @@ class PrefixAttention(torch.autograd.Function):
         if g is None:
             g = torch.zeros_like(saved[-2])
         g_lse = g_lse if ctx.through_lse else None  # compiled code sends zeros for what nobody reads
-        found = iter(_backward(g, g_lse, *saved, needs, *ctx.settings))
+        found = iter(_backward(g, g_lse, *saved, ctx.joined, needs, *ctx.settings))
         kinds = (0, 1, 1, 2, 2, None, None, None, None, None, None, 3, None, None)
         return tuple(next(found) if kind is not None and needs[kind] else None for kind in kinds)
