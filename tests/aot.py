@@ -116,7 +116,8 @@ def main() -> None:
             seen.add(key)
             blocks = {name: arguments[name] for name in ("BLOCK", "SAMPLES", "ROWS", "COLUMNS") if name in arguments}
             facts = {"target": target, "options": options, "blocks": blocks, "width": arguments.get("D")}
-            facts["dtypes"] = sorted({str(a.dtype).removeprefix("torch.") for a in arguments.values() if hasattr(a, "dtype")})
+            first = next(a for a in arguments.values() if hasattr(a, "dtype"))
+            facts["operand"] = str(first.dtype).removeprefix("torch.")
             print(json.dumps(facts | build(kernel, arguments, options, target)), flush=True)
 
 

@@ -72,7 +72,10 @@ def mapping() -> None:
 
 
 def attention(arch: str) -> None:
-    """Every head width and dtype; all masks and prefixes on the two common widths; few queries; packed."""
+    """Every head width and dtype; all masks and prefixes on the two common widths; few queries; packed.
+
+    Elsewhere than on sm_90 the plain call and the one with every option, at the widths that fill the registers.
+    """
     from fastprompt.kernels.attention.backward import attention_backward
     from fastprompt.kernels.attention.forward import attention_forward
 
@@ -92,6 +95,8 @@ def attention(arch: str) -> None:
     cells = [(width, half, options) for width in (64, 128) for options in (plain, bidirectional, few, everything, packed)]
     cells += [(width, half, plain) for width in (32, 80, 256)] + [(128, torch.float16, plain)]
     cells += [(width, torch.float32, plain) for width in (64, 128, 256)]
+    if arch != "sm_90":
+        cells = [(64, half, plain), (128, half, everything), (256, half, plain), (128, torch.float32, plain)]
     for width, dtype, options in cells:
         given = dict(options)
         batch = 1 if "starts_q" in given else 2
@@ -101,7 +106,7 @@ def attention(arch: str) -> None:
         facts = {
             "batch": 2, "heads": 8, "kv_heads": 2, "queries": q.shape[2], "keys": 512, "prefixes": 3 if "index" in given else 1,
             "prefix_rows": 0 if prefix is None else 64, "stack": 2 if "key_mask" in given else 1, "width": width,
-            "dtype": dtype, "arch": arch,
+            "dtype": dtype, "arch": arch, "gated": "gate" in given,
         }  # fmt: skip
         flags = {
             "scale": 0.1, "causal": given.pop("causal"), "window": given.pop("window", 0), "left": given.pop("left", False),

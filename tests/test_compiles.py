@@ -17,6 +17,8 @@ from tests.conftest import HAS_TRITON
 
 ROOT = Path(__file__).parent.parent
 GRADIENTS = ("prompt_gradient", "prompt_gradient_sum", "image_gradient", "cells_gradient", "map_labels_gradient")
+ATTENTION = ("forward", "query_gradient", "own_gradient", "prefix_gradient")
+FEW = ("attention_forward_kernel", "attention_query_gradient_kernel")  # 16 queries are too few rows for wgmma
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton to compile with")
 
@@ -70,7 +72,7 @@ def test_no_tf32_and_no_atomics_in_gradients(target):
         return
     for row in table(target):
         assert not row["tf32"], row
-        if row["name"].removesuffix("_kernel") in GRADIENTS:
+        if row["name"].removesuffix("_kernel") in GRADIENTS or row["name"].startswith("attention_"):
             assert not row["atomics"], row
 
 
@@ -86,8 +88,27 @@ def test_accesses_are_wide(target):
     assert sum(16 in widths for widths in loads) > 0.7 * len(loads), loads
 
 
+def test_attention_reads_wide_and_multiplies_on_the_tensor_cores(target):
+    """Each walk over keys or queries reads 16 bytes a thread, asynchronously; half precision is multiplied by wgmma on sm_90."""
+    if not target.startswith("sm_"):
+        assert table(target)
+        return
+    rows = [row for row in table(target) if row["name"].removeprefix("attention_").removesuffix("_kernel") in ATTENTION]
+    assert {row["name"] for row in rows} == {f"attention_{name}_kernel" for name in ATTENTION}
+    for row in rows:
+        # Everything but masks, indices and statistics: nothing of 2 bytes, which an unaligned half would be.
+        assert 16 in row["wide"]["ld"], row
+        assert 2 not in row["wide"]["ld"], row
+    if target != "sm_90":
+        return
+    half = [row for row in rows if "float32" not in row["operand"] and row["width"] in (64, 128)]
+    assert {row["width"] for row in half} == {64, 128}
+    for row in half:
+        assert row["wgmma"] or (row["blocks"]["ROWS"] < 64 and row["name"] in FEW), row
+
+
 def test_every_configuration_is_compiled(target):
-    from fastprompt.tuning import mapping, perturbation
+    from fastprompt.tuning import attention, mapping, perturbation
 
     compiled = {(row["name"], *row["blocks"].values(), row["options"]["num_warps"]) for row in table(target)}
     for kernel in ("forward", "prompt_gradient"):
@@ -97,3 +118,8 @@ def test_every_configuration_is_compiled(target):
     widest = {kernel: (launch.ROWS, launch.COLUMNS, launch.num_warps) for kernel, launch in mapping.CONFIGS.items()}
     for kernel, name in (("forward", "map_labels_kernel"), ("gradient", "map_labels_gradient_kernel")):
         assert (name, *widest[kernel]) in compiled, (widest, compiled)
+    if target == "sm_90":  # elsewhere a part of the table is compiled
+        names = [f"attention_{name}_kernel" for name in ATTENTION]
+        for tiles in attention.HOPPER.values():
+            for name, tile in zip(names, tiles, strict=True):
+                assert (name, tile.ROWS, tile.COLUMNS, tile.num_warps) in compiled, (name, tile)

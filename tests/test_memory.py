@@ -8,6 +8,7 @@ in a process of its own: `python -m tests.test_memory end` for one.
 from __future__ import annotations
 
 import ctypes
+import inspect
 import mmap
 import os
 import signal
@@ -16,7 +17,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def run_apart(job: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("edge", ["end", "start"])
+@pytest.mark.parametrize("edge", ["end", "start", "attention end", "attention start"])
 def test_nothing_is_touched_beyond_any_tensor(edge):
     """Every pointer of every kernel, read or written, with a forbidden page behind it or in front of it."""
     done = run_apart(edge)
@@ -104,8 +105,17 @@ def guarded(t: Tensor, edge: str) -> Tensor:
     begin = (pages + 1) * page - size if edge == "end" else page
     flat = torch.frombuffer(area, dtype=torch.uint8, count=size, offset=begin) if size else torch.empty(0, dtype=torch.uint8)
     _kept.append(area)
-    held = flat.view(t.dtype).as_strided(t.shape, t.stride(), 0)
+    elements = flat.view(t.dtype)
+    held = elements.as_strided(t.shape, t.stride(), 0)
+    if is_expanded(t):
+        elements.copy_(t.as_strided((span,), (1,)))
+        return held
     return held.copy_(t)
+
+
+def is_expanded(t: Tensor) -> bool:
+    """Whether elements share memory, which nobody may write to."""
+    return any(step == 0 and size > 1 for size, step in zip(t.shape, t.stride(), strict=True))
 
 
 def guard_every_launch(edge: str) -> set[tuple[str, str]]:
@@ -121,7 +131,8 @@ def guard_every_launch(edge: str) -> set[tuple[str, str]]:
         for name, original, copy in zip(self.arg_names, args, copies, strict=False):
             if isinstance(original, Tensor):
                 seen.add((self.fn.__name__, name))
-                original.copy_(copy)
+                if not is_expanded(original):
+                    original.copy_(copy)
         _kept.clear()
 
     InterpretedFunction.run = guarding
@@ -129,8 +140,6 @@ def guard_every_launch(edge: str) -> set[tuple[str, str]]:
 
 
 def touch_everything(edge: str) -> None:
-    import inspect
-
     from fastprompt.kernels.perturbation import backward, forward
     from fastprompt.ops import perturbation as ops
     from fastprompt.tuning.perturbation import Launch
@@ -162,17 +171,40 @@ def touch_everything(edge: str) -> None:
             run(case, tensors(case, torch.device("cpu")), "triton")
             if case.x == U8 and case.clamp == "none":
                 run(replace(case, x=F32), tensors(replace(case, x=F32), torch.device("cpu")), "triton")
-    pointers = {
+    pointers = kernel_pointers(forward, backward)
+    assert {name for name, _ in pointers} == KERNELS, sorted(pointers)
+    assert pointers <= seen, sorted(pointers - seen)
+    print("guarded", len(seen), "pointers")
+
+
+def touch_attention(edge: str) -> None:
+    from fastprompt.kernels.attention import backward, forward
+    from tests.test_attention_kernels import CASES, F16, agree_backward, replace
+
+    seen = guard_every_launch(edge)
+    names = (
+        "causal window", "left padding", "key mask", "ragged", "ragged stack", "index out of range", "packed",
+        "packed, own prefixes", "packed, two prefixes", "gate a sample and head", "soft cap", "sliced", "expanded",
+    )  # fmt: skip
+    for name in names:
+        agree_backward(CASES[name], torch.device("cpu"))
+    agree_backward(replace(CASES["causal"], dtype=F16, width=8), torch.device("cpu"))
+    pointers = kernel_pointers(forward, backward)
+    assert len({name for name, _ in pointers}) == 6, sorted(pointers)
+    assert pointers <= seen, sorted(pointers - seen)
+    print("guarded", len(seen), "pointers")
+
+
+def kernel_pointers(*modules: ModuleType) -> set[tuple[str, str]]:
+    """The (kernel, pointer argument) pairs of some kernel files."""
+    return {
         (name, parameter)
-        for module in (forward, backward)
+        for module in modules
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
         for parameter in inspect.signature(kernel.fn).parameters
         if parameter.endswith("_ptr")
     }
-    assert {name for name, _ in pointers} == KERNELS, sorted(pointers)
-    assert pointers <= seen, sorted(pointers - seen)
-    print("guarded", len(seen), "pointers")
 
 
 def overrun(edge: str) -> None:
@@ -313,6 +345,8 @@ if __name__ == "__main__":
         audit()
     elif job in ("end", "start"):
         touch_everything(job)
+    elif job.startswith("attention "):
+        touch_attention(job.split()[-1])
     elif job.startswith("one "):
         overrun(job.split()[-1])
     elif job == "far output":

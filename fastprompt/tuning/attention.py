@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,15 +32,23 @@ class Launch:
     splits: int = 1
 
 
+Tiles = tuple[Tile, Tile, Tile, Tile]
+
 # (forward, gradient of the queries, of own keys, of the prefix) by the bytes of an element and the padded head width.
 # Not yet measured on a GPU: chosen so that no target spills and a stage of loads fits beside the one that is computed.
-CONFIGS: dict[tuple[int, int], tuple[Tile, Tile, Tile, Tile]] = {
-    (2, 64): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (2, 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
+PORTABLE: dict[tuple[int, int], Tiles] = {
+    (2, 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (2, 128): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
     (2, 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     (4, 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (4, 128): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (4, 128): (Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (4, 256): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+}
+# The products of sm_90 read their operands from shared memory, which leaves registers for larger tiles.
+HOPPER: dict[tuple[int, int], Tiles] = {
+    **PORTABLE,
+    (2, 64): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (2, 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
 }
 PROGRAMS = 264  # two for each of the 132 processors of an H200
 MOST_SPLITS = 64
@@ -48,19 +56,22 @@ MOST_SPLITS = 64
 
 def pick(
     direction: str, *, batch: int, heads: int, kv_heads: int, queries: int, keys: int, prefixes: int, prefix_rows: int,
-    stack: int, width: int, dtype: torch.dtype, arch: str,
+    stack: int, width: int, dtype: torch.dtype, arch: str, gated: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch of a call: direction "forward" or "backward"; prefixes N of prefix_rows P, stack M of them side by side.
 
-    Few queries, or a short prefix, take a tile of 16 rows. The prefix's gradient is split until every processor has two
-    programs, but not into chunks smaller than one tile of queries.
+    Few queries take a tile of 16 rows; a gate, and prefixes side by side, need registers and take half the columns. The
+    prefix's gradient is split until every processor has two programs, but not into chunks smaller than a tile of queries.
     """
     rows = queries * heads // kv_heads
     size = 2 if dtype.itemsize == 2 else 4
-    forward, query, own, prefix = CONFIGS[size, next(w for w in (64, 128, 256) if width <= w or w == 256)]
+    table = HOPPER if arch == "sm_90" else PORTABLE
+    forward, query, own, prefix = table[size, next(w for w in (64, 128, 256) if width <= w or w == 256)]
     query = forward if direction == "forward" else query
-    if rows <= 16:
-        query = Tile(16, query.COLUMNS, 4, query.num_stages)
+    columns = query.COLUMNS
+    if gated or stack > 1 or (rows <= 16 and direction == "backward"):
+        columns = max(16, columns // 2)
+    query = Tile(16, columns, 4, query.num_stages) if rows <= 16 else replace(query, COLUMNS=columns)
     programs = prefixes * kv_heads * -(-prefix_rows // prefix.COLUMNS)
     steps = -(-batch * stack * rows // (max(prefixes, 1) * prefix.ROWS))
     splits = max(1, min(-(-PROGRAMS // max(programs, 1)), steps, MOST_SPLITS))
