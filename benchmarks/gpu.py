@@ -20,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,17 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported
 
 import torch
 
-from benchmarks import perturbation, suite, timing
-from fastprompt.ops import perturbation as ops
+from benchmarks import attention, perturbation, suite, timing
+from fastprompt.ops import attention as attention_ops
+from fastprompt.ops import perturbation as perturbation_ops
+from fastprompt.tuning.attention import Tile
 from fastprompt.tuning.perturbation import Launch
 
 ROOT = Path(__file__).parent.parent
-SHARES = {"checks": 0.2, "battery": 0.35, "sweep": 0.2, "demo": 0.07, "tests": 0.18}  # of the time
+SHARES = {  # of the time
+    "checks": 0.17, "attention": 0.18, "perturbation": 0.12, "mapping": 0.05, "reprogrammed": 0.08, "sweep": 0.18,
+    "demo": 0.05, "tests": 0.17,
+}  # fmt: skip
 
 
 # ---- Checks ----
@@ -44,6 +51,10 @@ def _shapes(device: torch.device, dry: bool) -> list[suite.Case]:
     batch, dtype = (2, torch.float32) if dry else (256, torch.bfloat16)
     make = [perturbation.padded(batch, 192, 224, dtype, ("both",)), perturbation.framed(batch, None, dtype, ("both",))]
     make += [perturbation.framed(batch, 30, dtype, ("both",), prompts=10), perturbation.masked(batch, dtype, ("both",))]
+    length = 24 if dry else 512
+    for causal, heads in ((True, (8, 2)), (False, (6, 6))):
+        make.append(attention.shared("attention", 2, heads, length, length, 20, 64, dtype, ("both",), causal=causal))
+    make.append(attention.shared("decode", 8, (8, 2), 1, length, 40, 64, dtype, ("both",)))
     return [case for cases in make for case in cases]
 
 
@@ -59,8 +70,8 @@ def check_answers(device: torch.device, dry: bool) -> dict[str, float]:
     """Every case of the battery in float32, float16 and bfloat16 against float64."""
     errors = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        cases = perturbation.cases(device, dtype)
-        for case in [case for case in cases if not dry or case.name in ("demo size", "series")]:
+        cases = perturbation.cases(device, dtype) + attention.cases(device, dtype)
+        for case in [case for case in cases if not dry or case.name in ("demo size", "series", "CoOp")]:
             inputs = _inputs(case, device)
             truth = suite.truth_of(case, inputs)
             found = suite.error(suite.bind(_ours(case), case, inputs)(), truth, case.mode)
@@ -92,7 +103,7 @@ def check_graph(device: torch.device, dry: bool) -> dict[str, int]:
                 captured = call()
             with torch.no_grad():
                 inputs["g"].copy_(inputs["g"].flip(0))
-                inputs["prompt"].mul_(0.5)
+                inputs["prompt" if "prompt" in inputs else "prefix_k"].mul_(0.5)
             graph.replay()
             assert all(map(torch.equal, captured, call())), f"{case.title}: the replay differs"
     return {"graphs": len(_shapes(device, dry))}
@@ -186,34 +197,47 @@ def checks(device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
 
 # ---- Sweep of launch configurations ----
 
+Choice = tuple[str, Callable[[timing.Call], timing.Call]]  # its name, and a call made with it
+
 _TILES = ((512, 2), (1024, 4), (2048, 8), (2048, 4))  # BLOCK, num_warps
 LAUNCHES = [Launch(block, samples, 16, warps) for block, warps in _TILES for samples in (1, 2, 4)]
 LAUNCHES += [Launch(1024, 2, chunk, 4) for chunk in (8, 32)]
+TILES = [Tile(r, c, w, s) for r, c, w in ((64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8), (32, 64, 4)) for s in (2, 3)]
 
 
 def sweep(device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
     """Times launch configurations on the goal shapes; the one in use is marked. Wrong answers are left out."""
     batch, dtype = (2, torch.float32) if dry else (256, torch.bfloat16)
+    length, heads = (32, (2, 1)) if dry else (2048, (32, 8))
     steps = ("forward", "backward")
-    cases = [case for size in (32, 192) for case in perturbation.padded(batch, size, 224, dtype, steps)]
-    cases += perturbation.framed(batch, None, dtype, steps, name="watermark")
-    start, report = time.perf_counter(), {}
-    for case in cases:
+    plans: list[tuple[suite.Case, list[Choice]]] = []
+    make = [perturbation.padded(batch, size, 224, dtype, steps) for size in (32, 192)]
+    make.append(perturbation.framed(batch, None, dtype, steps, name="watermark"))
+    for case in [case for cases in make for case in cases]:
         kernel = "forward" if case.mode == "forward" else "prompt_gradient"
+        plans.append((case, [(_label(launch), _launched(kernel, launch)) for launch in LAUNCHES]))
+    make = [attention.shared("Llama", 8, heads, length, length, 128, 128, dtype, steps, causal=True)]
+    make.append(attention.shared("ViT-B", batch, (12, 12), 197, 197, 50, 64, dtype, steps) if not dry else [])
+    for case in [case for cases in make for case in cases]:
+        kernels = ("query",) if case.mode == "forward" else ("query", "own", "prefix")
+        plans.append((case, [(f"{kernel} {_label(tile)}", _tiled(kernel, tile)) for kernel in kernels for tile in TILES]))
+    start, report = time.perf_counter(), {}
+    for place, (case, choices) in enumerate(plans):
+        share = start + seconds * (place + 1) / len(plans)
         generator = torch.Generator(device).manual_seed(0)
         first = case.inputs(generator, device)
         truth = suite.truth_of(case, first)
         sets = [first, *(case.inputs(generator, device) for _ in range(timing.sets_needed(case.bytes, device) - 1))]
         calls = {"in use": [suite.bind(_ours(case), case, inputs) for inputs in sets]}
-        for launch in LAUNCHES[:2] if dry else LAUNCHES:
-            if time.perf_counter() - start > seconds:
+        for name, chosen in choices[:2] if dry else choices:
+            if time.perf_counter() > share:
                 break
-            tuned = [_launched(call, kernel, launch) for call in calls["in use"]]
+            tuned = [chosen(call) for call in calls["in use"]]
             try:
                 if suite.error(tuned[0](), truth, case.mode) <= case.tolerance:
-                    calls[_label(launch)] = tuned
+                    calls[name] = tuned
             except Exception as failure:
-                print(f"{case.title}: {_label(launch)}: {type(failure).__name__}", flush=True)
+                print(f"{case.title}: {name}: {type(failure).__name__}", flush=True)
         times = timing.compare(calls, device, 0.01 if dry else 0.1)
         ranked = sorted(times, key=lambda name: times[name].median)
         report[case.title] = {name: times[name].median * 1e6 for name in ranked}
@@ -224,25 +248,38 @@ def sweep(device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
     return report
 
 
-def _label(launch: Launch) -> str:
+def _label(launch: Launch | Tile) -> str:
+    if isinstance(launch, Tile):
+        return f"{launch.ROWS}x{launch.COLUMNS} warps {launch.num_warps} stages {launch.num_stages}"
     return f"{launch.BLOCK}x{launch.SAMPLES} chunk {launch.chunk} warps {launch.num_warps}"
 
 
-def _launched(call: timing.Call, kernel: str, launch: Launch) -> timing.Call:
-    """The call with another configuration of one kernel."""
-    original = ops.pick
+def _with_pick(ops: Any, change: Callable[..., Any]) -> Callable[[timing.Call], timing.Call]:
+    """Calls during which `change(pick, ...)` chooses the launch."""
 
-    def pick(name: str, *shape: Any) -> Launch:
-        return launch if name == kernel else original(name, *shape)
+    def choose(call: timing.Call) -> timing.Call:
+        original = ops.pick
 
-    def run() -> Any:
-        ops.pick = pick  # type: ignore[assignment]
-        try:
-            return call()
-        finally:
-            ops.pick = original
+        def run() -> Any:
+            ops.pick = partial(change, original)
+            try:
+                return call()
+            finally:
+                ops.pick = original
 
-    return run
+        return run
+
+    return choose
+
+
+def _launched(kernel: str, launch: Launch) -> Callable[[timing.Call], timing.Call]:
+    """With another configuration of one perturbation kernel."""
+    return _with_pick(perturbation_ops, lambda pick, name, *shape: launch if name == kernel else pick(name, *shape))
+
+
+def _tiled(kernel: str, tile: Tile) -> Callable[[timing.Call], timing.Call]:
+    """With another tile of one attention kernel."""
+    return _with_pick(attention_ops, lambda pick, *shape, **facts: replace(pick(*shape, **facts), **{kernel: tile}))
 
 
 # ---- All parts ----
@@ -251,8 +288,9 @@ def _launched(call: timing.Call, kernel: str, launch: Launch) -> timing.Call:
 def _command(part: str, dry: bool, seconds: float, scratch: str) -> list[str]:
     """What runs a part; what it knows it writes to <scratch>/<part>.json."""
     python = [sys.executable, "-m"]
-    if part == "battery":
-        only = ["--device", "cpu", "--quick", "--case", "demo size"] if dry else ["--device", "cuda"]
+    if part in suite.FAMILIES:
+        quick = {"perturbation": "demo size", "attention": "CoOp", "mapping": "B=32", "reprogrammed": "nothing"}
+        only = ["--family", part, "--device", *(["cpu", "--quick", "--case", quick[part]] if dry else ["cuda"])]
         return [*python, "benchmarks", *only, "--seconds", str(0.85 * seconds), "--json", f"{scratch}/{part}.json"]
     if part == "demo":
         return [*python, "fastprompt", *(["methods"] if dry else ["demo", "--seeds", "1", "--out", f"{scratch}/demo"])]

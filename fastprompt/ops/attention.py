@@ -17,6 +17,11 @@ from torch import Tensor
 
 from fastprompt import _runtime
 from fastprompt.reference.attention import visible
+from fastprompt.tuning.attention import Launch, pick
+
+if _runtime.HAS_TRITON:
+    from fastprompt.kernels.attention.backward import attention_backward
+    from fastprompt.kernels.attention.forward import attention_forward
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _TENSORS = (
@@ -63,8 +68,6 @@ def rows_of(i: int, rows: bool, *tensors: Any) -> list[Any]:
 def _forward_triton(  # type: ignore[no-untyped-def]
     q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, *settings
 ) -> list[Tensor]:
-    from fastprompt.kernels.attention.forward import attention_forward
-
     s = Settings(*settings)
     out, lse = results = _empty_results(q)
     attention_forward(
@@ -79,8 +82,6 @@ def _backward_triton(  # type: ignore[no-untyped-def]
     g, g_lse, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, out, lse,
     joined, needs, *settings,
 ) -> list[Tensor]:  # fmt: skip
-    from fastprompt.kernels.attention.backward import attention_backward
-
     s = Settings(*settings)
     found = attention_backward(
         g, g_lse, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, out, lse,
@@ -90,11 +91,9 @@ def _backward_triton(  # type: ignore[no-untyped-def]
     return _in_promised_layout(found, q, k, v, prefix_k, prefix_v, gate, False, needs, True)
 
 
-def _launch(  # type: ignore[no-untyped-def]
+def _launch(
     direction: str, q: Tensor, k: Tensor, prefix_k: Tensor | None, index: Tensor | None, starts_q: Tensor | None, s: Settings
-):
-    from fastprompt.tuning.attention import pick
-
+) -> Launch:  # fmt: skip
     return pick(
         direction, batch=q.shape[0] if starts_q is None else starts_q.shape[0] - 1, heads=q.shape[1], kv_heads=k.shape[1],
         queries=s.max_q, keys=s.max_k, prefixes=0 if prefix_k is None else prefix_k.shape[0],
