@@ -16,7 +16,8 @@ HAS_TRITON = "triton" not in sys.modules and importlib.util.find_spec("triton") 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(min(4, os.cpu_count() or 1))  # small tensors: more threads only wait
+# Small tensors: more threads only wait, and with pytest-xdist every core has a process of its own.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))
 
 # The skip budget: how a skip's reason may begin, and whether this run may have such skips. Any
 # other skip fails the run, because a test that quietly stops running protects nothing.
