@@ -253,12 +253,12 @@ def _flash(
 
 
 def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """One softmax over the columns of both."""
-    lse = torch.logaddexp(a[1], b[1])
-    share = torch.sigmoid(b[1] - a[1]).masked_fill_(lse == -torch.inf, 0)[..., None]
-    if a[0].dtype == torch.float32:
-        return torch.lerp(a[0], b[0], share), lse
-    return torch.lerp(a[0].float(), b[0].float(), share).to(a[0].dtype), lse
+    """One softmax over the columns of both. Two shares: 1 - share would lose the digits of a small one."""
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    lse = torch.logaddexp(lse_a, lse_b)
+    nothing = lse == -torch.inf
+    shares = [torch.sigmoid(d).masked_fill_(nothing, 0)[..., None] for d in (lse_a - lse_b, lse_b - lse_a)]
+    return torch.addcmul(out_a * shares[0], out_b.float(), shares[1]).to(out_a.dtype), lse
 
 
 def _read(q: Tensor, k: Tensor, v: Tensor, read: _Read, scale: float) -> tuple[Tensor, Tensor]:
@@ -609,22 +609,9 @@ class PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        q,
-        k,
-        v,
-        prefix_k,
-        prefix_v,
-        index,
-        prefix_lengths,
-        lengths,
-        key_mask,
-        starts_q,
-        starts_k,
-        gate,
-        settings,
+        ctx, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, settings,
         through_lse,
-    ):
+    ):  # fmt: skip
         ctx.set_materialize_grads(False)
         given = (q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate)
         out, lse, *joined = _forward(*given, *settings)
