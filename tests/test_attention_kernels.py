@@ -48,6 +48,10 @@ class Case:
     seed: int = 0
 
 
+# No two operands that could be confused have the same strides.
+MIXED = {"q": "sliced", "k": "sliced", "v": "transposed", "prefix_k": "transposed", "prefix_v": "sliced"}
+
+
 def laid_out(t: Tensor, layout: str, filler: float = float("nan")) -> Tensor:
     """The numbers of t in another memory layout: what lies between them is `filler`."""
     if layout == "transposed":
@@ -89,7 +93,7 @@ def tensors(case: Case, device: torch.device) -> dict[str, Tensor | None]:
     for name in ("q", "k", "v", "prefix_k", "prefix_v"):
         if held[name] is not None:
             kept = held[name].to(case.dtype)  # keeps the strides of an expanded tensor
-            held[name] = laid_out(kept, case.layout).to(device)
+            held[name] = laid_out(kept, MIXED[name] if case.layout == "mixed" else case.layout).to(device)
     for name in ("index", "prefix_lengths", "lengths", "starts_q", "starts_k"):
         value = getattr(case, name)
         held[name] = None if value is None else torch.tensor(value, dtype=torch.int64, device=device)
@@ -119,6 +123,8 @@ def forward(case: Case, held: dict[str, Tensor | None], launch: Launch = SMALL) 
 
     q = held["q"]
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
+    if case.layout in ("transposed", "rotated"):
+        out = laid_out(out, case.layout)
     lse = torch.full(q.shape[:3], torch.nan, device=q.device)
     attention_forward(
         *(held[name] for name in OPERANDS), out, lse, max_q=longest(case.starts_q, case.queries),
@@ -204,6 +210,8 @@ CASES = {
     "sliced": Case(layout="sliced", heads=4, kv_heads=2, prefix=2, causal=True),
     "rotated": Case(layout="rotated", heads=4, kv_heads=2, prefix=2),
     "expanded": Case(layout="expanded", heads=4, kv_heads=2, prefix=2),
+    "mixed": Case(layout="mixed", heads=4, kv_heads=2, prefix=3, index=((2,), (0,)), rows=18),
+    "packed, mixed": replace(PACKED, layout="mixed", heads=4, kv_heads=2),
     "packed, sliced": replace(PACKED, layout="sliced", heads=4, kv_heads=2),
 }  # fmt: skip
 
@@ -358,7 +366,7 @@ def test_only_what_is_needed(needs, device):
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "rotated", "expanded", "one number"])
 def test_layouts_of_the_arriving_gradient(layout, device):
-    case = Case(heads=4, kv_heads=2, queries=17, keys=9)
+    case = Case(heads=4, kv_heads=2, queries=17, keys=9, gate=(1, 4))
     held = tensors(case, device)
     g, g_lse = arriving(case, held)
     if layout == "expanded":

@@ -53,7 +53,16 @@ def test_the_guard_page_kills(job):
 
 
 @pytest.mark.parametrize(
-    "job", ["image samples", "image channels", "gradient samples", "gradient channels", "gradient prompts", "far output"]
+    "job",
+    [
+        "image samples",
+        "image channels",
+        "gradient samples",
+        "gradient channels",
+        "gradient prompts",
+        "far output",
+        "far attention",
+    ],
 )
 def test_offsets_beyond_32_bits(job):
     done = run_apart(job)
@@ -261,6 +270,31 @@ def reach(job: str) -> None:
     print("same bits")
 
 
+def reach_attention() -> None:
+    """Every operand of attention with its samples, heads or rows that far apart."""
+    from tests.compare import check_bits
+    from tests.test_attention_kernels import Case, arriving, backward, forward, tensors
+
+    cases = [
+        Case(queries=3, keys=4, heads=4, kv_heads=2, rows=3, prefix=2, causal=True),
+        Case(queries=3, keys=4, heads=2, kv_heads=2, rows=3, prefix=3, index=((2, 0), (1, 2))),
+    ]
+    for case in cases:
+        held = tensors(case, torch.device("cpu")) | {"g": None}
+        held["g"], _ = arriving(case, held)
+        want = dict(zip(("out", "lse"), forward(case, held), strict=True)) | backward(case, held, held["g"], None)
+        for name in ("q", "k", "v", "prefix_k", "prefix_v", "g"):
+            for dim in range(3):
+                near = held[name]
+                strides = list(near.stride())
+                strides[dim] = 2**31 + 64 if near.shape[dim] == 2 else 2**30 + 64  # from the third on that wraps too
+                far = held | {name: sparse(tuple(near.shape), tuple(strides), near.dtype).copy_(near)}
+                got = dict(zip(("out", "lse"), forward(case, far), strict=True)) | backward(case, far, far["g"], None)
+                for result in want:
+                    check_bits(got[result], want[result], f"{result}, far {name}")
+    print("same bits")
+
+
 def write_far() -> None:
     """The last programs of outputs of more than 2**31 elements, on their own."""
     from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
@@ -349,6 +383,8 @@ if __name__ == "__main__":
         touch_attention(job.split()[-1])
     elif job.startswith("one "):
         overrun(job.split()[-1])
+    elif job == "far attention":
+        reach_attention()
     elif job == "far output":
         write_far()
     else:
