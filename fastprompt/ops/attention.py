@@ -73,7 +73,7 @@ def _forward_triton(  # type: ignore[no-untyped-def]
     attention_forward(
         q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, out, lse,
         max_q=s.max_q, max_k=s.max_k, scale=s.scale, causal=s.causal, window=s.window, left=s.left, softcap=s.softcap,
-        launch=_launch("forward", q, k, prefix_k, index, starts_q, s),
+        launch=_launch("forward", q, k, prefix_k, index, starts_q, gate, s),
     )  # fmt: skip
     return results
 
@@ -86,19 +86,20 @@ def _backward_triton(  # type: ignore[no-untyped-def]
     found = attention_backward(
         g, g_lse, q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, out, lse,
         needs=tuple(needs), max_q=s.max_q, max_k=s.max_k, scale=s.scale, causal=s.causal, window=s.window, left=s.left,
-        softcap=s.softcap, launch=_launch("backward", q, k, prefix_k, index, starts_q, s),
+        softcap=s.softcap, launch=_launch("backward", q, k, prefix_k, index, starts_q, gate, s),
     )  # fmt: skip
     return _in_promised_layout(found, q, k, v, prefix_k, prefix_v, gate, False, needs, True)
 
 
 def _launch(
-    direction: str, q: Tensor, k: Tensor, prefix_k: Tensor | None, index: Tensor | None, starts_q: Tensor | None, s: Settings
+    direction: str, q: Tensor, k: Tensor, prefix_k: Tensor | None, index: Tensor | None, starts_q: Tensor | None,
+    gate: Tensor | None, s: Settings,
 ) -> Launch:  # fmt: skip
     return pick(
         direction, batch=q.shape[0] if starts_q is None else starts_q.shape[0] - 1, heads=q.shape[1], kv_heads=k.shape[1],
         queries=s.max_q, keys=s.max_k, prefixes=0 if prefix_k is None else prefix_k.shape[0],
         prefix_rows=0 if prefix_k is None else prefix_k.shape[2], stack=1 if index is None else index.shape[1],
-        width=q.shape[3], dtype=q.dtype, arch=_runtime.arch(q.device),
+        width=q.shape[3], dtype=q.dtype, arch=_runtime.arch(q.device), gated=gate is not None,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ MOST_SPLITS = 64
 
 def pick(
     direction: str, *, batch: int, heads: int, kv_heads: int, queries: int, keys: int, prefixes: int, prefix_rows: int,
-    stack: int, width: int, dtype: torch.dtype, arch: str, gated: bool = False,
+    stack: int, width: int, dtype: torch.dtype, arch: str, gated: bool,
 ) -> Launch:  # fmt: skip
     """The launch of a call: direction "forward" or "backward"; prefixes N of prefix_rows P, stack M of them side by side.
 
