@@ -35,11 +35,10 @@ def table(target: str) -> list[dict]:
 
 
 # sm_90 and the other vendor on every run; the others differ little from them and are in the slow run.
-RUNS = {"sm_90": (), "gfx942": (), "sm_80": (pytest.mark.slow,), "sm_100": (pytest.mark.slow,)}
-COMPILED = [pytest.param(name, marks=(*marks, pytest.mark.xdist_group(name))) for name, marks in RUNS.items()]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100")]
 
 
-@pytest.fixture(scope="module", params=COMPILED)
+@pytest.fixture(scope="module", params=["sm_90", "gfx942", *SLOW])
 def target(request) -> str:
     return request.param
 

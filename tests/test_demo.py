@@ -10,8 +10,6 @@ import torch
 from fastprompt.demo import glyphs, source
 from fastprompt.demo.digits import load_digits
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 
 @pytest.fixture(scope="module")
 def classes():

@@ -15,8 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUILD = "from setuptools import build_meta as b; import sys; print(b.build_{}(sys.argv[1]))"
 
-pytestmark = pytest.mark.xdist_group("packaging")
-
 
 def run(*args, cwd, **env):
     result = subprocess.run(
