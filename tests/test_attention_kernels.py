@@ -473,7 +473,7 @@ def test_nan_in_nan_out(name, device):
 def test_pick_is_a_pure_function(direction, dtype):
     facts = {
         "batch": 8, "heads": 32, "kv_heads": 8, "queries": 64, "keys": 64, "prefixes": 1, "prefix_rows": 32, "stack": 1,
-        "width": 128, "dtype": dtype, "arch": "sm_90",
+        "width": 128, "dtype": dtype, "arch": "sm_90", "gated": False,
     }  # fmt: skip
     assert pick(direction, **facts) == pick(direction, **facts)
     assert hash(pick(direction, **facts)) is not None
