@@ -82,7 +82,7 @@ def attention(arch: str) -> None:
     half, long = torch.bfloat16, torch.int64
     plain = {"causal": True}
     bidirectional = {"causal": False, "no prefix": True}
-    few = {"queries": 1, "causal": True}
+    few = {"queries": 1, "causal": True, "rows": 1024}
     everything = {
         "causal": True, "window": 64, "softcap": 30.0, "lengths": torch.zeros(2, dtype=long), "left": True,
         "key_mask": torch.ones(2, 512, dtype=torch.bool), "index": torch.zeros(2, 2, dtype=long),
@@ -96,16 +96,17 @@ def attention(arch: str) -> None:
     cells += [(width, half, plain) for width in (32, 80, 256)] + [(128, torch.float16, plain)]
     cells += [(width, torch.float32, plain) for width in (64, 128, 256)]
     if arch != "sm_90":
-        cells = [(64, half, plain), (128, half, everything), (256, half, plain), (128, torch.float32, plain)]
+        cells = [(64, half, plain), (128, half, few), (128, half, everything), (256, half, plain), (128, torch.float32, plain)]
     for width, dtype, options in cells:
         given = dict(options)
         batch = 1 if "starts_q" in given else 2
         q = torch.empty(batch, 8, given.pop("queries", 512), width, dtype=dtype)
         k = torch.empty(batch, 2, 512, width, dtype=dtype)
-        prefix = None if given.pop("no prefix", False) else torch.empty(3 if "index" in given else 1, 2, 64, width, dtype=dtype)
+        count, rows = 3 if "index" in given else 1, 0 if given.pop("no prefix", False) else given.pop("rows", 64)
+        prefix = torch.empty(count, 2, rows, width, dtype=dtype) if rows else None
         facts = {
-            "batch": 2, "heads": 8, "kv_heads": 2, "queries": q.shape[2], "keys": 512, "prefixes": 3 if "index" in given else 1,
-            "prefix_rows": 0 if prefix is None else 64, "stack": 2 if "key_mask" in given else 1, "width": width,
+            "batch": 2, "heads": 8, "kv_heads": 2, "queries": q.shape[2], "keys": 512, "prefixes": count,
+            "prefix_rows": rows, "stack": 2 if "key_mask" in given else 1, "width": width,
             "dtype": dtype, "arch": arch, "gated": "gate" in given,
         }  # fmt: skip
         flags = {

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton to run kern
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SMALL = Launch(query=Tile(32, 16, 4, 1), own=Tile(32, 16, 4, 1), prefix=Tile(32, 16, 4, 1), splits=2)
+# Forward: every column by one program; shared out and merged; the prefix apart from the own keys besides.
+FORWARD = {"whole": replace(SMALL, splits=1), "shares": replace(SMALL, splits=3), "apart": replace(SMALL, splits=2, apart=2)}
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def longest(starts: tuple[int, ...] | None, size: int) -> int:
     return size if starts is None else max(b - a for a, b in pairwise(starts))
 
 
-def forward(case: Case, held: dict[str, Tensor | None], launch: Launch = SMALL) -> tuple[Tensor, Tensor]:
+def forward(case: Case, held: dict[str, Tensor | None], launch: Launch = FORWARD["whole"]) -> tuple[Tensor, Tensor]:
     from fastprompt.kernels.attention.forward import attention_forward
 
     q = held["q"]
@@ -157,7 +159,7 @@ def wider(held: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tenso
     return {n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in held.items()}
 
 
-def agree(case: Case, device: torch.device, launch: Launch = SMALL) -> None:
+def agree(case: Case, device: torch.device, launch: Launch = FORWARD["whole"]) -> None:
     held = tensors(case, device)
     out, lse = forward(case, held, launch)
     want, want_lse = reference(case, wider(held, torch.float64))
@@ -217,8 +219,41 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward(name, device):
-    agree(CASES[name], device)
+@pytest.mark.parametrize("launch", FORWARD)
+def test_forward(launch, name, device):
+    agree(CASES[name], device, FORWARD[launch])
+
+
+FEW = {
+    "decode": Case(batch=5, heads=4, kv_heads=2, queries=1, keys=40, rows=37, causal=True),
+    "no own keys": Case(batch=3, queries=2, keys=0, rows=37),
+    "more shares than columns": Case(batch=3, queries=1, keys=1, rows=2),
+    "nothing seen": Case(batch=3, queries=2, prefix_lengths=(0,), lengths=(0, 9, 0)),
+    "gate a head": Case(batch=3, queries=2, rows=37, gate=(1, 4), heads=4, kv_heads=2),
+    "transposed": Case(batch=3, queries=4, rows=20, layout="transposed", heads=4, kv_heads=2),
+    "sliced": Case(batch=3, queries=4, rows=20, layout="sliced", heads=4, kv_heads=2, softcap=3.0),
+    "half": Case(batch=3, queries=1, rows=20, dtype=BF16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("launch", FORWARD)
+def test_few_queries(launch, name, device):
+    agree(FEW[name], device, FORWARD[launch])
+
+
+def test_few_queries_share_out_what_is_long():
+    facts = {
+        "heads": 32, "kv_heads": 8, "queries": 1, "prefixes": 1, "stack": 1, "width": 128, "dtype": BF16, "arch": "sm_90",
+        "gated": False,
+    }  # fmt: skip
+    decode = pick("forward", batch=64, keys=2048, prefix_rows=1024, **facts)
+    assert decode.apart > 1
+    assert decode.splits == 1
+    alone = pick("forward", batch=1, keys=2048, prefix_rows=1024, **facts)
+    assert (alone.apart, alone.splits > 8) == (0, True)
+    assert pick("forward", batch=64, keys=2048, prefix_rows=16, **facts).apart == 0
+    assert pick("forward", batch=64, keys=2048, prefix_rows=1024, **(facts | {"queries": 17})).apart == 0
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])

@@ -17,7 +17,7 @@ from tests.conftest import HAS_TRITON
 
 ROOT = Path(__file__).parent.parent
 GRADIENTS = ("prompt_gradient", "prompt_gradient_sum", "image_gradient", "cells_gradient", "map_labels_gradient")
-ATTENTION = ("forward", "query_gradient", "own_gradient", "prefix_gradient")
+ATTENTION = ("forward", "query_gradient", "own_gradient", "prefix_gradient")  # what walks over keys or queries
 FEW = ("attention_forward_kernel", "attention_query_gradient_kernel")  # 16 queries are too few rows for wgmma
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton to compile with")

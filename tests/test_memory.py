@@ -188,7 +188,7 @@ def touch_everything(edge: str) -> None:
 
 def touch_attention(edge: str) -> None:
     from fastprompt.kernels.attention import backward, forward
-    from tests.test_attention_kernels import CASES, F16, agree_backward, replace
+    from tests.test_attention_kernels import CASES, F16, FEW, FORWARD, agree, agree_backward, replace
 
     seen = guard_every_launch(edge)
     names = (
@@ -198,8 +198,10 @@ def touch_attention(edge: str) -> None:
     for name in names:
         agree_backward(CASES[name], torch.device("cpu"))
     agree_backward(replace(CASES["causal"], dtype=F16, width=8), torch.device("cpu"))
+    for case in (FEW["decode"], CASES["key mask"]):
+        agree(case, torch.device("cpu"), FORWARD["apart"])
     pointers = kernel_pointers(forward, backward)
-    assert len({name for name, _ in pointers}) == 6, sorted(pointers)
+    assert len({name for name, _ in pointers}) == 7, sorted(pointers)
     assert pointers <= seen, sorted(pointers - seen)
     print("guarded", len(seen), "pointers")
 

@@ -23,13 +23,17 @@ class Launch:
     """What one call launches.
 
     query: the forward kernel, or the gradients of the queries. own: the gradients of a sample's own keys. prefix: those of
-    the prefix, whose queries are split into `splits` chunks. (Forward: own and prefix are not used.)
+    the prefix. (Forward: own and prefix are not used.)
+    splits: backward: the chunks of queries that the prefix's gradient is summed from; forward: the shares of the columns
+    that a query's result is merged from. apart: forward: the shares of the prefix's columns when the queries of the whole
+    batch read the prefix once; 0: each sample reads it in front of its own keys.
     """
 
     query: Tile
     own: Tile
     prefix: Tile
     splits: int = 1
+    apart: int = 0
 
 
 Tiles = tuple[Tile, Tile, Tile, Tile]
@@ -52,6 +56,8 @@ HOPPER: dict[tuple[int, int], Tiles] = {
 }
 PROGRAMS = 264  # two for each of the 132 processors of an H200
 MOST_SPLITS = 64
+FEW = 16  # queries, or rows (queries x heads of a key head)
+APART_FROM = 512  # prefix rows from which few queries read a shared prefix once
 
 
 def pick(
@@ -60,8 +66,8 @@ def pick(
 ) -> Launch:  # fmt: skip
     """The launch of a call: direction "forward" or "backward"; prefixes N of prefix_rows P, stack M of them side by side.
 
-    Few queries take a tile of 16 rows; a gate, and prefixes side by side, need registers and take half the columns. The
-    prefix's gradient is split until every processor has two programs, but not into chunks smaller than a tile of queries.
+    Few rows take a tile of 16; a gate, and prefixes side by side, need registers and take half the columns. Few queries
+    share out long columns, and the prefix's gradient shares out the queries, until every processor has two programs.
     """
     rows = queries * heads // kv_heads
     size = 2 if dtype.itemsize == 2 else 4
@@ -69,10 +75,23 @@ def pick(
     forward, query, own, prefix = table[size, next(w for w in (64, 128, 256) if width <= w or w == 256)]
     query = forward if direction == "forward" else query
     columns = query.COLUMNS
-    if gated or stack > 1 or (rows <= 16 and direction == "backward"):
+    if gated or stack > 1 or (rows <= FEW and direction == "backward"):
         columns = max(16, columns // 2)
-    query = Tile(16, columns, 4, query.num_stages) if rows <= 16 else replace(query, COLUMNS=columns)
+    query = Tile(16, columns, 4, query.num_stages) if rows <= FEW else replace(query, COLUMNS=columns)
+    if direction == "forward":
+        if queries > FEW:
+            return Launch(query, own, prefix)
+        apart = 0
+        if prefixes == 1 and stack == 1 and batch > 1 and prefix_rows >= APART_FROM:
+            apart = _shares(kv_heads * -(-batch * rows // query.ROWS), prefix_rows, query)
+        splits = _shares(batch * kv_heads * -(-rows // query.ROWS), keys + (0 if apart else stack * prefix_rows), query)
+        return Launch(query, own, prefix, splits, apart)
     programs = prefixes * kv_heads * -(-prefix_rows // prefix.COLUMNS)
     steps = -(-batch * stack * rows // (max(prefixes, 1) * prefix.ROWS))
     splits = max(1, min(-(-PROGRAMS // max(programs, 1)), steps, MOST_SPLITS))
     return Launch(query, own, prefix, splits)
+
+
+def _shares(programs: int, columns: int, tile: Tile) -> int:
+    """Into how many shares columns are split: two programs a processor, and at least four tiles a share."""
+    return max(1, min(-(-PROGRAMS // max(programs, 1)), columns // (4 * tile.COLUMNS), MOST_SPLITS))
