@@ -41,10 +41,10 @@ Tiles = tuple[Tile, Tile, Tile, Tile]
 # (forward, gradient of the queries, of own keys, of the prefix) by the bytes of an element and the padded head width.
 # Not yet measured on a GPU: chosen so that no target spills and a stage of loads fits beside the one that is computed.
 PORTABLE: dict[tuple[int, int], Tiles] = {
-    (2, 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (2, 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
     (2, 128): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
     (2, 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (4, 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (4, 64): (Tile(32, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     (4, 128): (Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (4, 256): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
@@ -52,7 +52,7 @@ PORTABLE: dict[tuple[int, int], Tiles] = {
 HOPPER: dict[tuple[int, int], Tiles] = {
     **PORTABLE,
     (2, 64): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (2, 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
+    (2, 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
 }
 PROGRAMS = 264  # two for each of the 132 processors of an H200
 MOST_SPLITS = 64
@@ -66,7 +66,7 @@ def pick(
 ) -> Launch:  # fmt: skip
     """The launch of a call: direction "forward" or "backward"; prefixes N of prefix_rows P, stack M of them side by side.
 
-    Few rows take a tile of 16; a gate, and prefixes side by side, need registers and take half the columns. Few queries
+    Few rows take a tile of 16; a gate, and prefixes side by side, need registers and take smaller ones. Few queries
     share out long columns, and the prefix's gradient shares out the queries, until every processor has two programs.
     """
     rows = queries * heads // kv_heads
@@ -74,10 +74,12 @@ def pick(
     table = HOPPER if arch == "sm_90" else PORTABLE
     forward, query, own, prefix = table[size, next(w for w in (64, 128, 256) if width <= w or w == 256)]
     query = forward if direction == "forward" else query
-    columns = query.COLUMNS
-    if gated or stack > 1 or (rows <= FEW and direction == "backward"):
-        columns = max(16, columns // 2)
-    query = Tile(16, columns, 4, query.num_stages) if rows <= FEW else replace(query, COLUMNS=columns)
+    if gated or stack > 1:
+        query = replace(query, ROWS=min(query.ROWS, 64), COLUMNS=max(16, query.COLUMNS // 4))
+        prefix = replace(prefix, ROWS=min(prefix.ROWS, 32))
+    if rows <= FEW:
+        halved = direction == "backward" and not (gated or stack > 1)
+        query = Tile(16, max(16, query.COLUMNS // 2) if halved else query.COLUMNS, 4, query.num_stages)
     if direction == "forward":
         if queries > FEW:
             return Launch(query, own, prefix)
