@@ -43,7 +43,7 @@ Tiles = tuple[Tile, Tile, Tile, Tile]
 PORTABLE: dict[tuple[int, int], Tiles] = {
     (2, 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
     (2, 128): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
-    (2, 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     (4, 64): (Tile(32, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     (4, 128): (Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (4, 256): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
@@ -53,6 +53,7 @@ HOPPER: dict[tuple[int, int], Tiles] = {
     **PORTABLE,
     (2, 64): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     (2, 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+    (2, 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
 PROGRAMS = 264  # two for each of the 132 processors of an H200
 MOST_SPLITS = 64
