@@ -71,10 +71,10 @@ def mapping() -> None:
     mapping_ops._count_triton(torch.zeros((64, 10), dtype=torch.int64), columns, torch.zeros(256, dtype=torch.int64), "triton")
 
 
-def attention(arch: str) -> None:
-    """Every head width and dtype; all masks and prefixes on the two common widths; few queries; packed.
+def attention(arch: str, whole: bool) -> None:
+    """The plain call, few queries and the one with every option, at the widths that fill the registers.
 
-    Elsewhere than on sm_90 the plain call and the one with every option, at the widths that fill the registers.
+    whole: every head width and dtype; all masks and prefixes on the two common widths; packed.
     """
     from fastprompt.kernels.attention.backward import attention_backward
     from fastprompt.kernels.attention.forward import attention_forward
@@ -95,7 +95,7 @@ def attention(arch: str) -> None:
     cells = [(width, half, options) for width in (64, 128) for options in (plain, bidirectional, few, everything, packed)]
     cells += [(width, half, plain) for width in (32, 80, 256)] + [(128, torch.float16, plain)]
     cells += [(width, torch.float32, plain) for width in (64, 128, 256)]
-    if arch != "sm_90":
+    if not whole:
         cells = [(64, half, plain), (128, half, few), (128, half, everything), (256, half, plain), (128, torch.float32, plain)]
     for width, dtype, options in cells:
         given = dict(options)
@@ -122,7 +122,7 @@ def attention(arch: str) -> None:
         attention_backward(out, lse, *operands, out, lse, needs=needs, **flags, launch=launch)
 
 
-def launch_all(arch: str) -> None:
+def launch_all(arch: str, whole: bool) -> None:
     perturbation()
     mapping()
-    attention(arch)
+    attention(arch, whole)
