@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt import functional
+from fastprompt.functional.checks import bad, check_labels
 
 KeyValue = tuple[Tensor, Tensor]
 NAME = "fastprompt"
@@ -110,7 +111,7 @@ def _attention(
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool or attention_mask.dim() != 4 or attention_mask.shape[1:3] != (1, 1):
             got = f"{attention_mask.dtype} {list(attention_mask.shape)}"
-            raise functional._bad("attention_mask", "which keys are seen, [B, S]", got)
+            raise bad("attention_mask", "which keys are seen, [B, S]", got)
         key_mask = attention_mask[:, 0, 0].expand(query.shape[0], -1)
         key, value = key[:, :, : key_mask.shape[1]], value[:, :, : key_mask.shape[1]]
     options: dict[str, Any] = {}
@@ -273,7 +274,7 @@ def _without_checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 def _fallback(fallback: str | None) -> bool:
     if fallback not in (None, "tokens"):
-        raise functional._bad("fallback", 'None or "tokens"', repr(fallback))
+        raise bad("fallback", 'None or "tokens"', repr(fallback))
     return fallback is not None
 
 
@@ -301,7 +302,7 @@ def hoist(model: nn.Module, prompt: Tensor, *, fallback: str | None = None) -> H
             inside the model; experts with a capacity limit.
     """
     if prompt.dim() not in ((1, 2) if prompt.dtype == torch.int64 else (2, 3)):
-        raise functional._bad("prompt", "embeddings [N, P, width] or ids [N, P]", f"{prompt.dtype} {list(prompt.shape)}")
+        raise bad("prompt", "embeddings [N, P, width] or ids [N, P]", f"{prompt.dtype} {list(prompt.shape)}")
     ids = prompt.dtype == torch.int64
     prompt = prompt[None] if prompt.dim() == (1 if ids else 2) else prompt
     allowed = _fallback(fallback)
@@ -350,7 +351,7 @@ def hoist_deep(
     try:
         base, blocks = _parts(model)
         if len(prompts) != len(blocks):
-            raise functional._bad("prompts", f"one for each of the {len(blocks)} blocks", len(prompts))
+            raise bad("prompts", f"one for each of the {len(blocks)} blocks", len(prompts))
         first = next((place for place, tokens in enumerate(prompts) if tokens is not None), len(blocks))
         missing = [place for place in range(first, len(blocks)) if prompts[place] is None]
         if missing:
@@ -409,14 +410,14 @@ def prefixed(
     """
     if isinstance(prefix, Tokens):
         if index is not None or lengths is not None or offset is not None:
-            raise functional._bad("index, lengths, offset", "None for a prompt as tokens", "at least one")
+            raise bad("index, lengths, offset", "None for a prompt as tokens", "at least one")
         with _with_tokens(model, prefix):
             yield model
         return
     base, blocks = _parts(model)
     _check_layers(model)
     if len(prefix) != len(blocks):
-        raise functional._bad("prefix", f"keys and values for each of the {len(blocks)} blocks", len(prefix))
+        raise bad("prefix", f"keys and values for each of the {len(blocks)} blocks", len(prefix))
     given = [None if pair is None else _Given(*pair, index, lengths, []) for pair in prefix]
     shift = _offset(prefix, index, lengths) if offset is None else offset
 
@@ -442,7 +443,7 @@ def _offset(prefix: Sequence[KeyValue | None], index: Tensor | None, lengths: Te
         return length
     if index is None:
         return lengths[:, None]  # type: ignore[index]
-    functional._check_labels("index", index, None)
+    check_labels("index", index, None)
     chosen = length if lengths is None else lengths[index.clamp(min=0)]
     return torch.where(index < 0, 0, chosen)[:, None]
 
@@ -499,7 +500,7 @@ def _in_front(base: Any, prompt: Tensor, hooks: ExitStack) -> None:
         for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
             tensor = kwargs.get(name)
             if tensor is not None and tensor.dim() != 2:
-                raise functional._bad(name, "[B, S]", list(tensor.shape))
+                raise bad(name, "[B, S]", list(tensor.shape))
             if tensor is not None and (began[0] or name == "attention_mask"):
                 kwargs[name] = nn.functional.pad(tensor, (length, 0), value=fill)
         if kwargs.get("position_ids") is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastprompt import functional
 from fastprompt import nn as fnn
+from fastprompt.reference import perturbation as reference
 from fastprompt.taxonomy import Format, Location, Operator, Place
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -384,7 +385,7 @@ def test_gray_images_are_repeated_and_nhwc_is_understood():
 
 def test_images_of_another_size_are_resized():
     module = trained(fnn.PaddedPrompt(16, 6, mean=MEAN, std=STD, interpolation="bicubic"))
-    wanted = module(functional._perturbation_reference.resize(images(9), (6, 6), "bicubic"))
+    wanted = module(reference.resize(images(9), (6, 6), "bicubic"))
     torch.testing.assert_close(module(images(9)), wanted)
 
 

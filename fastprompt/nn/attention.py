@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt import functional
+from fastprompt.functional.checks import bad, check_labels, check_range, one_of, pair
 from fastprompt.taxonomy import Format, Location, Operator, Place
 
 KeyValue = tuple[Tensor, Tensor]
@@ -47,12 +48,12 @@ class _Prompt(nn.Module):
 def _sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
-            raise functional._bad(name, "at least 1", size)
+            raise bad(name, "at least 1", size)
 
 
 def _probability(dropout: float) -> float:
     if not 0 <= dropout < 1:
-        raise functional._bad("dropout", "a probability below 1", dropout)
+        raise bad("dropout", "a probability below 1", dropout)
     return dropout
 
 
@@ -106,13 +107,13 @@ class PrefixKV(_Prompt):
         self.prompts, self.hidden, self.frozen = prompts, hidden, frozen
         self.dropout = _probability(dropout)
         if isinstance(init, str):
-            self.init = functional._one_of("init", init, ("normal", "zeros"))
+            self.init = one_of("init", init, ("normal", "zeros"))
         elif hidden is not None:
-            raise functional._bad("init", '"normal" with a reparameterisation', "tensors")
+            raise bad("init", '"normal" with a reparameterisation', "tensors")
         if not 0 <= frozen < length:
-            raise functional._bad("frozen", f"0 to {length - 1}, so that something is trained", frozen)
+            raise bad("frozen", f"0 to {length - 1}, so that something is trained", frozen)
         if width is not None and hidden is None:
-            raise functional._bad("width", "None without a reparameterisation", width)
+            raise bad("width", "None without a reparameterisation", width)
         self.width = width
         if hidden is not None:
             self._reparameterise(hidden, kv_heads * head_dim if width is None else width, frozen)
@@ -128,7 +129,7 @@ class PrefixKV(_Prompt):
     def _reparameterise(self, hidden: int, width: int, frozen: int) -> None:
         _sizes(hidden=hidden, width=width)
         if frozen:
-            raise functional._bad("frozen", "0 with a reparameterisation", frozen)
+            raise bad("frozen", "0 with a reparameterisation", frozen)
         self.embedding = nn.Parameter(torch.empty(self.prompts, self.length, width))
         _start(self.embedding, self.init, 1.0)
         out = self.layers * 2 * self.kv_heads * self.head_dim
@@ -158,7 +159,7 @@ class PrefixKV(_Prompt):
         """A prefix of what `flat` gives: [P, 2 * L * Hkv * D] or [N, P, ...]; options are the constructor's."""
         flat = flat[None] if flat.dim() == 2 else flat
         if flat.dim() != 3 or flat.shape[2] % (2 * layers * kv_heads):
-            raise functional._bad("flat", f"[P, 2 * {layers} * {kv_heads} * D] or [N, P, ...]", list(flat.shape))
+            raise bad("flat", f"[P, 2 * {layers} * {kv_heads} * D] or [N, P, ...]", list(flat.shape))
         whole = _from_flat(flat.detach(), layers, kv_heads)
         _, _, prompts, _, length, head_dim = whole.shape
         pairs = [(layer[0], layer[1]) for layer in whole]
@@ -174,10 +175,10 @@ def _stacked(pairs: Sequence[KeyValue], whole: Tensor) -> Tensor:
     layers, _, *shape = whole.shape
     allowed = (tuple(shape), (1, *shape[1:]))
     if len(pairs) != layers:
-        raise functional._bad("init", f"{layers} pairs of keys and values, one a layer", len(pairs))
-    for tensor in (tensor for pair in pairs for tensor in pair):
+        raise bad("init", f"{layers} pairs of keys and values, one a layer", len(pairs))
+    for tensor in (tensor for keys_values in pairs for tensor in keys_values):
         if tuple(tensor.shape) not in allowed:
-            raise functional._bad("init", f"keys and values of {list(shape)}", list(tensor.shape))
+            raise bad("init", f"keys and values of {list(shape)}", list(tensor.shape))
     filled = [torch.stack([part.detach().expand(shape) for part in pair]) for pair in pairs]
     return torch.stack(filled)
 
@@ -218,14 +219,14 @@ class DeepPrompt(_Prompt):
         self.which = None if which is None else tuple(which)
         prompted = range(layers) if self.which is None else self.which
         if not prompted or list(prompted) != sorted(set(prompted)) or not set(prompted) <= set(range(layers)):
-            raise functional._bad("which", f"rising layer numbers from 0 to {layers - 1}", which)
+            raise bad("which", f"rising layer numbers from 0 to {layers - 1}", which)
         self.project, self.project_each, self.per_sample = project, project_each, per_sample
         self.dropout = _probability(dropout)
-        self.patch = None if patch is None else functional._pair("patch", patch)
+        self.patch = None if patch is None else pair("patch", patch)
         inner = width if project is None else project
         _sizes(project=inner)
         if project_each and project is None:
-            raise functional._bad("project_each", "False without a projection", project_each)
+            raise bad("project_each", "False without a projection", project_each)
         self.prompt = nn.Parameter(torch.empty(1 if shared else len(prompted), length, inner))
         if self.patch is None:
             _start(self.prompt, "normal", 0.02)
@@ -252,7 +253,7 @@ class DeepPrompt(_Prompt):
             return tokens
         if self.per_sample:
             if batch is None:
-                raise functional._bad("batch", "the number of samples, for dropout per sample", None)
+                raise bad("batch", "the number of samples, for dropout per sample", None)
             tokens = tokens.expand(batch, -1, -1)
         return F.dropout(tokens, self.dropout, True)
 
@@ -278,12 +279,12 @@ class SoftPrompt(_Prompt):
         self.length, self.width, self.prompts = length, width, prompts
         if isinstance(init, Tensor):
             if tuple(init.shape) not in ((length, width), (1, length, width), (prompts, length, width)):
-                raise functional._bad("init", f"[{length}, {width}] or [{prompts}, {length}, {width}]", list(init.shape))
+                raise bad("init", f"[{length}, {width}] or [{prompts}, {length}, {width}]", list(init.shape))
             if not init.is_floating_point():
-                raise functional._bad("init", "floating point embeddings", init.dtype)
+                raise bad("init", "floating point embeddings", init.dtype)
             start = init.detach().expand(prompts, length, width).clone()
         else:
-            self.init = functional._one_of("init", init, ("uniform", "normal", "zeros"))
+            self.init = one_of("init", init, ("uniform", "normal", "zeros"))
             start = torch.empty(prompts, length, width)
             _start(start, init, 0.5 if init == "uniform" else 1.0)
         self.prompt = nn.Parameter(start)
@@ -296,7 +297,7 @@ class SoftPrompt(_Prompt):
         rows (each prompt its own).
         """
         if vocabulary.dim() != 2:
-            raise functional._bad("vocabulary", "an embedding matrix [V, width]", list(vocabulary.shape))
+            raise bad("vocabulary", "an embedding matrix [V, width]", list(vocabulary.shape))
         _sizes(length=length, prompts=prompts)
         if ids is None:
             generator = torch.Generator().manual_seed(seed)
@@ -304,7 +305,7 @@ class SoftPrompt(_Prompt):
         else:
             rows = torch.as_tensor(ids, dtype=torch.int64, device="cpu").flatten()
             if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(vocabulary):
-                raise functional._bad("ids", f"at least one, each from 0 to {len(vocabulary) - 1}", rows.tolist()[:8])
+                raise bad("ids", f"at least one, each from 0 to {len(vocabulary) - 1}", rows.tolist()[:8])
             rows = rows.repeat(-(-length // len(rows)))[:length].expand(prompts, -1)
         return cls(length, vocabulary.shape[1], prompts=prompts, init=vocabulary.detach()[rows.to(vocabulary.device)])
 
@@ -316,8 +317,8 @@ class SoftPrompt(_Prompt):
         """[N, P, width], or with an index int64 [B] each sample's [B, P, width]."""
         if index is None:
             return self.prompt
-        functional._check_labels("index", index, None)
-        functional._check_range("index", index, self.prompts)
+        check_labels("index", index, None)
+        check_range("index", index, self.prompts)
         return self.prompt.index_select(0, index)
 
 
@@ -341,7 +342,7 @@ class PromptAttention(nn.MultiheadAttention):
     ) -> None:  # fmt: skip
         _sizes(embed_dim=embed_dim, num_heads=num_heads)
         if embed_dim % num_heads:
-            raise functional._bad("embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
+            raise bad("embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
         super().__init__(
             embed_dim, num_heads, dropout=_probability(dropout), bias=bias, batch_first=batch_first, device=device, dtype=dtype
         )
@@ -352,7 +353,7 @@ class PromptAttention(nn.MultiheadAttention):
         if not isinstance(module, nn.MultiheadAttention):
             raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
         if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
-            raise functional._bad("module", "one without kdim, vdim, add_bias_kv and add_zero_attn", module)
+            raise bad("module", "one without kdim, vdim, add_bias_kv and add_zero_attn", module)
         mine = cls(
             module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None, module.batch_first, device="meta"
         )
@@ -369,7 +370,7 @@ class PromptAttention(nn.MultiheadAttention):
     def project(self, tokens: Tensor) -> KeyValue:
         """Keys and values [N, H, P, D] of tokens [N, P, embed_dim] (or [P, embed_dim]), by this module's in_proj."""
         if tokens.dim() not in (2, 3) or tokens.shape[-1] != self.embed_dim:
-            raise functional._bad("prompt", f"[P, {self.embed_dim}] or [N, P, {self.embed_dim}]", list(tokens.shape))
+            raise bad("prompt", f"[P, {self.embed_dim}] or [N, P, {self.embed_dim}]", list(tokens.shape))
         tokens = tokens[None] if tokens.dim() == 2 else tokens
         width = self.embed_dim
         bias = None if self.in_proj_bias is None else self.in_proj_bias[width:]
@@ -395,15 +396,13 @@ class PromptAttention(nn.MultiheadAttention):
             prefix_index, prefix_lengths: see `fastprompt.functional.prefix_attention`.
         """
         if need_weights:
-            raise functional._bad("need_weights", "False: the weights are never made", True)
+            raise bad("need_weights", "False: the weights are never made", True)
         if attn_mask is not None and not is_causal:
-            raise functional._bad(
-                "attn_mask", "None, or is_causal=True, or a key_padding_mask", f"a mask {list(attn_mask.shape)}"
-            )
+            raise bad("attn_mask", "None, or is_causal=True, or a key_padding_mask", f"a mask {list(attn_mask.shape)}")
         if self.training and self.dropout:
-            raise functional._bad("dropout", "0, or eval mode: a frozen model does not drop", self.dropout)
+            raise bad("dropout", "0, or eval mode: a frozen model does not drop", self.dropout)
         if prefix is not None and prompt is not None:
-            raise functional._bad("prefix, prompt", "at most one of them", "both")
+            raise bad("prefix, prompt", "at most one of them", "both")
         batched = query.dim() == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
@@ -462,16 +461,16 @@ def scaled_dot_product_attention(
         prefix_index: see `fastprompt.functional.prefix_attention`.
     """
     if dropout_p:
-        raise functional._bad("dropout_p", "0: a frozen model does not drop", dropout_p)
+        raise bad("dropout_p", "0: a frozen model does not drop", dropout_p)
     if key.shape[1] != query.shape[1] and not enable_gqa:
-        raise functional._bad("key", f"{query.shape[1]} heads, or enable_gqa=True", f"{key.shape[1]} heads")
+        raise bad("key", f"{query.shape[1]} heads, or enable_gqa=True", f"{key.shape[1]} heads")
     if is_causal and query.shape[2] != key.shape[2]:
-        raise functional._bad("is_causal", "as many queries as keys", f"{query.shape[2]} and {key.shape[2]}")
+        raise bad("is_causal", "as many queries as keys", f"{query.shape[2]} and {key.shape[2]}")
     key_mask = None
     if attn_mask is not None:
         wanted = (query.shape[0], 1, 1, key.shape[2])
         if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) != wanted:
-            raise functional._bad("attn_mask", f"bool {list(wanted)}", f"{attn_mask.dtype} {list(attn_mask.shape)}")
+            raise bad("attn_mask", f"bool {list(wanted)}", f"{attn_mask.dtype} {list(attn_mask.shape)}")
         key_mask = attn_mask[:, 0, 0]
     keys, values = (None, None) if prefix is None else prefix
     out = functional.prefix_attention(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt import functional
+from fastprompt.functional.checks import bad, one_of
 from fastprompt.taxonomy import Alignment, Place
 
 
@@ -55,11 +56,11 @@ class LabelMap(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if not 1 <= num_classes <= num_source:
-            raise functional._bad("num_classes", f"1 to {num_source}, the number of source classes", num_classes)
+            raise bad("num_classes", f"1 to {num_source}, the number of source classes", num_classes)
         self.num_source, self.num_classes, self.seed = num_source, num_classes, seed
-        self.method = functional._one_of("method", method, ("random", "frequent", "iterative"))
+        self.method = one_of("method", method, ("random", "frequent", "iterative"))
         if refresh_every is not None and (method != "iterative" or refresh_every < 1):
-            raise functional._bad("refresh_every", 'at least 1, and only for method="iterative"', refresh_every)
+            raise bad("refresh_every", 'at least 1, and only for method="iterative"', refresh_every)
         self.refresh_every = {"random": None, "frequent": 0, "iterative": refresh_every or 1}[method]
         shuffled = torch.randperm(num_source, generator=torch.Generator().manual_seed(seed), device="cpu")
         self.register_buffer("index", shuffled[:num_classes].clone())

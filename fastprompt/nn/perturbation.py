@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt import functional
-from fastprompt.functional import Numbers
+from fastprompt.functional.checks import bad, one_of, pair
+from fastprompt.functional.perturbation import Numbers, placed_at, rectangle
 from fastprompt.reference.perturbation import Rect
 from fastprompt.taxonomy import Format, Location, Operator, Place
 
@@ -73,24 +74,24 @@ class InputPrompt(nn.Module):
         dtype: str | None = None, memory_format: str = "preserve",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.canvas = functional._pair("canvas", canvas)
+        self.canvas = pair("canvas", canvas)
         if channels < 1:
-            raise functional._bad("channels", "at least 1", channels)
+            raise bad("channels", "at least 1", channels)
         if prompts < 1:
-            raise functional._bad("prompts", "at least 1", prompts)
+            raise bad("prompts", "at least 1", prompts)
         self.channels, self.prompts = channels, prompts
         self.mean, self.std, self.low, self.high = (_plain(value) for value in (mean, std, low, high))
         self.straight_through = straight_through
-        self.space = functional._one_of("space", space, ("pixel", "normalized"))
-        self.squash = functional._one_of("squash", squash, ("none", "sigmoid", "tanh"))
+        self.space = one_of("space", space, ("pixel", "normalized"))
+        self.squash = one_of("squash", squash, ("none", "sigmoid", "tanh"))
         self.mask_first, self.scale = mask_first, scale
-        self.init = functional._one_of("init", init, ("zeros", "normal"))
-        self.interpolation = functional._one_of("interpolation", interpolation, ("bilinear", "bicubic"))
-        self.data_format = functional._one_of("data_format", data_format, ("NCHW", "NHWC"))
+        self.init = one_of("init", init, ("zeros", "normal"))
+        self.interpolation = one_of("interpolation", interpolation, ("bilinear", "bicubic"))
+        self.data_format = one_of("data_format", data_format, ("NCHW", "NHWC"))
         if dtype is not None and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
-            raise functional._bad("dtype", 'the name of a floating point dtype, such as "bfloat16"', repr(dtype))
+            raise bad("dtype", 'the name of a floating point dtype, such as "bfloat16"', repr(dtype))
         self.dtype = dtype
-        self.memory_format = functional._one_of("memory_format", memory_format, tuple(_MEMORY_FORMATS))
+        self.memory_format = one_of("memory_format", memory_format, tuple(_MEMORY_FORMATS))
         self.register_buffer("norm", None, persistent=False)
         self.register_buffer("mask", None)
         self._set_norm(torch.device("cpu"))
@@ -115,10 +116,10 @@ class InputPrompt(nn.Module):
             mask = torch.as_tensor(mask)
             height, width = self.canvas
             if mask.shape[-2:] != (height, width) or mask.dim() not in (2, 3):
-                raise functional._bad("mask", f"[{height}, {width}] or [C, {height}, {width}]", list(mask.shape))
+                raise bad("mask", f"[{height}, {width}] or [C, {height}, {width}]", list(mask.shape))
             self.register_buffer("mask", mask, persistent)
         if not self.trainable:
-            raise functional._bad("mask", "at least one trainable pixel on the canvas", "none")
+            raise bad("mask", "at least one trainable pixel on the canvas", "none")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -204,14 +205,14 @@ class PaddedPrompt(InputPrompt):
         offset: Sequence[int] | None = None, on_image: bool = False, trainable_scale: bool = False, **shared: Any,
     ) -> None:  # fmt: skip
         super().__init__(canvas, squash=squash, **shared)
-        self.image_size = functional._pair("image_size", image_size)
+        self.image_size = pair("image_size", image_size)
         self.on_image, self.trainable_scale = on_image, trainable_scale
         height, width = self.canvas
-        self.image = functional._place(self.image_size, self.canvas, offset, 1, 0)
+        self.image = placed_at(self.image_size, self.canvas, offset, 1, 0)
         self.offset = self.image[:2]
         whole = on_image or trainable_scale
         if self.image_size == self.canvas and not whole:
-            raise functional._bad("image_size", f"smaller than the canvas {height}x{width}", "the same size")
+            raise bad("image_size", f"smaller than the canvas {height}x{width}", "the same size")
         self._set_prompt((0, 0, height, width), (0, 0, 0, 0) if whole else self.image, mask)
         if trainable_scale:
             self.image_scale = nn.Parameter(torch.ones(()))
@@ -257,7 +258,7 @@ class FramePrompt(InputPrompt):
         super().__init__(canvas, space=space, **shared)
         height, across = self.canvas
         if width is not None and width < 1:
-            raise functional._bad("width", "at least 1, or None for the whole image", width)
+            raise bad("width", "at least 1, or None for the whole image", width)
         self.width = width
         self.image = (0, 0, height, across)
         inner = (0, 0, 0, 0)
@@ -279,14 +280,14 @@ class PatchPrompt(InputPrompt):
         self, canvas: Size, patch: Size, position: Sequence[int] | str = (0, 0), *, space: str = "normalized", **shared: Any
     ) -> None:
         super().__init__(canvas, space=space, **shared)
-        self.patch = functional._pair("patch", patch)
+        self.patch = pair("patch", patch)
         self.image = (0, 0, *self.canvas)
         if isinstance(position, str):
-            functional._one_of("position", position, ("random",))
+            one_of("position", position, ("random",))
         self.position = position if isinstance(position, str) else (position[0], position[1])
         self.free = (self.canvas[0] - self.patch[0], self.canvas[1] - self.patch[1])
         top, left = (side // 2 for side in self.free) if isinstance(self.position, str) else self.position
-        self._set_prompt(functional._rect("position, patch", (top, left, *self.patch), self.canvas), (0, 0, 0, 0))
+        self._set_prompt(rectangle("position, patch", (top, left, *self.patch), self.canvas), (0, 0, 0, 0))
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         if not (self.training and self.position == "random"):
@@ -315,13 +316,13 @@ class MaskNet(nn.Sequential):
 
     def __init__(self, channels: int = 3, out_channels: int = 3, patch: int = 8, layers: int = 5) -> None:
         if layers not in (5, 6):
-            raise functional._bad("layers", "5 or 6", layers)
+            raise bad("layers", "5 or 6", layers)
         if patch not in (1, 2, 4, 8, 16, 32):
-            raise functional._bad("patch", "a power of two from 1 to 32", patch)
+            raise bad("patch", "a power of two from 1 to 32", patch)
         pools = patch.bit_length() - 1
         widths = [8, 16, 32, 64, 128][: layers - 1]
         if pools > len(widths):
-            raise functional._bad("patch", f"at most {2 ** len(widths)} with {layers} layers", patch)
+            raise bad("patch", f"at most {2 ** len(widths)} with {layers} layers", patch)
         parts: list[nn.Module] = []
         for place, (have, give) in enumerate(zip([channels, *widths], widths, strict=False)):
             parts += [nn.Conv2d(have, give, 3, padding=1), nn.BatchNorm2d(give), nn.ReLU()]
@@ -409,7 +410,7 @@ def _refuse(module: InputPrompt, **only: Any) -> None:
     """Shared arguments that have one meaning here."""
     for name, value in only.items():
         if getattr(module, name) != value:
-            raise functional._bad(name, f"{value!r} for a {type(module).__name__}", repr(getattr(module, name)))
+            raise bad(name, f"{value!r} for a {type(module).__name__}", repr(getattr(module, name)))
 
 
 def _without_module(config: dict[str, Any], name: str, default: bool) -> dict[str, Any]:
@@ -443,9 +444,9 @@ class SeriesPrompt(InputPrompt):
         super().__init__((1, length), channels=channels, **shared)
         _refuse(self, data_format="NCHW", memory_format="preserve")
         if not 1 <= segments * series_length <= length:
-            raise functional._bad("segments", f"1 to {length // max(series_length, 1)} for this length", segments)
+            raise bad("segments", f"1 to {length // max(series_length, 1)} for this length", segments)
         if not 0 <= dropout < 1:
-            raise functional._bad("dropout", "a probability below 1", dropout)
+            raise bad("dropout", "a probability below 1", dropout)
         self.length, self.series_length, self.segments = length, series_length, segments
         self.on_signal, self.dropout = on_signal, dropout
         self.period = length // series_length // segments * series_length
@@ -466,7 +467,7 @@ class SeriesPrompt(InputPrompt):
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         if x.dim() not in (2, 3) or x.shape[-1] != self.series_length:
-            raise functional._bad("x", f"[B, {self.series_length}] or [B, C, {self.series_length}]", list(x.shape))
+            raise bad("x", f"[B, {self.series_length}] or [B, C, {self.series_length}]", list(x.shape))
         flat = x.dim() == 2
         x = x[:, None, None] if flat else x[:, :, None]
         prompt = nn.functional.dropout(self.prompt, self.dropout, self.training)
