@@ -6,6 +6,8 @@ the kernels run there too, in Triton's interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -145,3 +147,72 @@ def match_labels(counts: Tensor) -> Tensor:
     open_ = np.flatnonzero(index < 0)
     index[open_] = np.flatnonzero(free)[: len(open_)]
     return torch.from_numpy(index).to(counts.device)
+
+
+def match_optimally(counts: Tensor) -> Tensor:
+    """The one-to-one map with the largest sum of counts (Hungarian method)."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise RuntimeError("optimal=True needs SciPy: pip install scipy") from None
+    source, target = linear_sum_assignment(counts.cpu().numpy(), maximize=True)
+    index = np.empty(counts.shape[1], dtype=np.int64)
+    index[target] = source
+    return torch.from_numpy(index).to(counts.device)
+
+
+# ---- The whole vocabulary, in chunks ----
+
+_CHUNK = 1 << 22  # scores held at a time: 16 MB
+
+
+class LogPartition(torch.autograd.Function):
+    """log(sum over v of exp(hidden @ weight[v] + bias[v])), [R]; the backward computes every chunk again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias):  # type: ignore[no-untyped-def]
+        out = None
+        for _, scores in _chunks(hidden, weight, bias):
+            part = scores.logsumexp(1)
+            out = part if out is None else torch.logaddexp(out, part)
+        ctx.save_for_backward(hidden, weight, bias, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastprompt.functional.label_head has no second derivative here: call backward without create_graph=True"
+            )
+        hidden, weight, bias, lse = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need[0] else None
+        d_weight = torch.empty_like(weight) if need[1] else None
+        d_bias = torch.empty_like(bias) if need[2] else None
+        for part, scores in _chunks(hidden, weight, bias):
+            share = (scores - lse[:, None]).exp_().mul_(g[:, None])
+            if d_bias is not None:
+                d_bias[part] = share.sum(0)
+            share = share.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden += share @ weight[part]
+            if d_weight is not None:
+                d_weight[part] = share.T @ hidden
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
+
+
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """The head's scores in float32 (float64), some columns at a time."""
+    step = max(256, _CHUNK // max(len(hidden), 1))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        yield part, torch.nn.functional.linear(hidden, weight[part], None if bias is None else bias[part]).to(wide)
+
+
+def log_partition(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.log_partition` without a tensor of the size of rows times vocabulary."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return LogPartition.apply(hidden, weight, bias)
