@@ -182,8 +182,8 @@ def reduce_segments_gradient(
     if d.numel():
         programs = triton.cdiv(batch, launch.ROWS * launch.turns) * triton.cdiv(sources, launch.SOURCES)
         reduce_segments_gradient_kernel[(programs,)](
-            g, slope if loss else None, None if divisor.dim() else divisor, scores, seg.members, seg.starts, seg.order, seg.readers,
-            seg.owner, seg.weights if reduce == "weighted" else None, map_id, prior, target if loss else None,
+            g, slope if loss else None, None if divisor.dim() else divisor, scores, seg.members, seg.starts, seg.order,
+            seg.readers, seg.owner, seg.weights if reduce == "weighted" else None, map_id, prior, target if loss else None,
             kept if kept.numel() else out, picked, source_sum, d,
             batch, sources, seg.num_classes, seg.num_maps, k, *strides, *scores.stride(),
             *(t.stride(0) if t is not None else 0 for t in (map_id, prior, target)), ignore_index,
