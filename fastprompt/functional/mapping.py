@@ -181,6 +181,8 @@ def map_labels(
             _explain(scores, labels)
             raise
         return out if of == "probabilities" else out.to(scores.dtype)
+    if path != "torch" and _has_kernel(labels, reduce):
+        return ops.by_kernels(scores, labels, map_id, prior, ops.Flags((), reduce, k, of == "probabilities"))
     return reference.map_labels(scores, labels, reduce=reduce, map_id=map_id, of=of, k=k, prior=prior)
 
 
@@ -247,6 +249,15 @@ def mapped_cross_entropy(
             check_range("target", target, _classes(labels), ignored=ignore_index)
             raise
     check_range("target", target, _classes(labels), ignored=ignore_index)
+    if path != "torch":
+        flags = ops.Flags(
+            (), reduce, k, of == "probabilities", True, reduction, renormalize, label_smoothing, focal, ignore_index
+        )
+        if not _has_kernel(labels, reduce):  # the map by PyTorch, the loss by the kernels
+            scores = reference.map_labels(scores.float(), labels, reduce=reduce, map_id=map_id, of=of, k=k, prior=prior)
+            labels, flags = ops.identity(scores.shape[1], scores.device), flags._replace(reduce="first", probabilities=False)
+            map_id = prior = None
+        return ops.by_kernels(scores, labels, map_id, prior, flags, target, weight)
     return reference.mapped_cross_entropy(
         scores, labels, target, reduce=reduce, map_id=map_id, of=of, k=k, prior=prior, renormalize=renormalize,
         weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, focal=focal, reduction=reduction,
@@ -398,7 +409,7 @@ def label_head(
     if isinstance(inner, tuple) and not isinstance(inner, Segments):
         scores, inner = map_labels(scores, inner[0], reduce="max", impl=impl), inner[1]
     if inner is None:
-        inner = torch.arange(scores.shape[1], device=scores.device)
+        inner = ops.identity(scores.shape[1], scores.device)
     loss: dict[str, Any] = {
         "renormalize": renormalize, "weight": class_weight, "label_smoothing": label_smoothing,
         "ignore_index": ignore_index, "focal": focal, "reduction": reduction,
@@ -488,9 +499,9 @@ def count_labels_(counts: Tensor, logits: Tensor, target: Tensor, *, k: int | No
     same_device(logits, counts=counts, target=target)
     check_range("target", target, counts.shape[1], ignored=-100)
     path = path_of(impl, logits)
-    if path == "torch" or k is not None:
+    if path == "torch":
         return reference.count_labels_(counts, logits, target, k)
-    ops.count_labels_(counts, logits, target, path)
+    ops.count_labels_(counts, logits, target, k, path)
     return counts
 
 
@@ -621,6 +632,13 @@ def _check_map(
     if path != "cpu":
         _explain(scores, labels)
     return reduce, path
+
+
+def _has_kernel(labels: Labels, reduce: str) -> bool:
+    """A matrix product, and the gradient of weights, are PyTorch's."""
+    if isinstance(labels, Segments):
+        return reduce != "weighted" or labels.weights is None or not labels.weights.requires_grad
+    return not labels.is_floating_point()
 
 
 def _explain(scores: Tensor, labels: Labels) -> None:
