@@ -71,7 +71,7 @@ def _count_triton(counts: Tensor, logits: Tensor, target: Tensor, k: int | None,
 class Flags(NamedTuple):
     """What a launch over segments is told, in the order of the schemas."""
 
-    sizes: tuple[int, ...]  # of `Segments`, from num_source to busiest; () for an index
+    sizes: tuple[int, ...]  # of `Segments`, from num_source to busiest; () for an index or identity
     reduce: str
     k: int | None
     probabilities: bool
@@ -87,7 +87,9 @@ _inverted = WeakIdKeyDictionary()  # index -> (sources, version, segments)
 
 
 def _segments_of(parts: list[Tensor], weights: Tensor | None, sizes: tuple[int, ...], scores: Tensor) -> Segments:
-    """`Segments` from its tensors, from an index (found again as long as it does not change)."""
+    """`Segments` from its tensors, from an index (found again as long as it does not change) or from nothing: identity."""
+    if not parts:
+        return _identity(scores.shape[1], scores.device)
     if len(parts) > 1:
         return Segments(*parts, weights, *sizes)  # type: ignore[arg-type, call-arg]
     index = parts[0]
@@ -109,6 +111,11 @@ def _invert(index: Tensor, sources: int) -> Segments:
     readers = torch.searchsorted(key, count[: maps * sources + 1])
     owner = count[: maps * classes] % max(classes, 1)
     return Segments(members, count[: maps * classes + 1], order, readers, owner, None, sources, classes, maps, 1, min(classes, 2))
+
+
+@lru_cache(maxsize=64)
+def _identity(classes: int, device: torch.device) -> Segments:
+    return _invert(torch.arange(classes, device=device), classes)
 
 
 def _segments_triton(scores, parts, weights, map_id, prior, target, weight, differentiable, *flags):  # type: ignore[no-untyped-def]
@@ -198,7 +205,7 @@ def _count_fake(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, i
 
 def _segments_fake(scores, parts, weights, map_id, prior, target, weight, differentiable, *flags):  # type: ignore[no-untyped-def]
     f = Flags(*flags)
-    classes, longest = (f.sizes[1], f.sizes[3]) if f.sizes else (parts[0].shape[-1], 1)
+    classes, longest = (f.sizes[1], f.sizes[3]) if f.sizes else ((parts[0] if parts else scores).shape[-1], 1)
     reduce = "sum" if longest == 1 and f.reduce != "weighted" else f.reduce
     alone = classes <= _pick_segments("forward", scores, int(classes), longest, f, batch=1).CLASSES
     needs_z = differentiable and (reduce == "logsumexp" or (f.probabilities and reduce not in ("first", "max")))
@@ -280,23 +287,16 @@ class ReduceSegments(torch.autograd.Function):
 
 
 def by_kernels(
-    scores: Tensor, labels: Labels, map_id: Tensor | None, prior: Tensor | None, flags: Flags, target: Tensor | None = None,
-    weight: Tensor | None = None,
+    scores: Tensor, labels: Labels | None, map_id: Tensor | None, prior: Tensor | None, flags: Flags,
+    target: Tensor | None = None, weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A map, or its loss, in the kernels: an index or `Segments` with weights that are constant."""
-    weights, parts = None, (labels,)
+    """A map, or its loss, in the kernels: identity, an index or `Segments` with weights that are constant."""
+    weights, parts = None, () if labels is None else (labels,)
     if isinstance(labels, Segments):
         weights = labels.weights if flags.reduce == "weighted" else None
         parts, flags = labels[:5], flags._replace(sizes=labels[6:])  # type: ignore[assignment]
     differentiable = scores.requires_grad and torch.is_grad_enabled()
     return ReduceSegments.apply(scores, differentiable, weights, map_id, prior, target, weight, flags, *parts)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept from an evaluation is used in training
-def identity(classes: int, device: torch.device) -> Tensor:
-    """The index by which every class reads itself."""
-    return torch.arange(classes, device=device)
 
 
 # ---- Segments on a CPU: gathers there and back, no scatter where no two classes share a source ----
@@ -368,7 +368,7 @@ def _plain(
 
 
 def map_cpu(
-    scores: Tensor, labels: Labels, reduce: str, map_id: Tensor | None, of: str, k: int | None, prior: Tensor | None
+    scores: Tensor, labels: Labels | None, reduce: str, map_id: Tensor | None, of: str, k: int | None, prior: Tensor | None
 ) -> Tensor:
     """`reference.map_labels` of at most 32 bits in float32, differentiable."""
     logarithms = of == "probabilities"
@@ -376,6 +376,8 @@ def map_cpu(
         scores = scores.float().log_softmax(1)
         prior = prior if prior is None else prior.log()
     prior = prior if prior is None else prior.float()
+    if labels is None:
+        return scores.float() if prior is None else scores.float() - prior
     if isinstance(labels, Segments):
         if labels.num_maps == 1:
             map_id = None
