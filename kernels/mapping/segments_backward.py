@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .._shared import rounded
-from .segments import after, log_prior, map_of, simplest
+from .segments import after, log_prior, map_of, simplest, vector_of
 
 
 @triton.jit
@@ -56,8 +56,8 @@ def arriving(g_ptr, slope_ptr, scale, b, t, wanted, classes, stride_gb, stride_g
 
 @triton.jit
 def coefficient(
-    row, members_ptr, prior_ptr, z_ptr, picked_ptr, b, t, first, place, factor, x, m, logsum, wanted, classes, sources,
-    stride_s, stride_prior, REDUCE: tl.constexpr, PROBABILITIES: tl.constexpr,
+    row, members_ptr, prior_ptr, z_ptr, picked_ptr, b, t, first, place, factor, x, m, logsum, wanted, classes,
+    stride_s, stride_prior, SOURCES: tl.constexpr, REDUCE: tl.constexpr, PROBABILITIES: tl.constexpr,
 ):  # fmt: skip
     """c of an entry in a row."""
     c = factor
@@ -67,7 +67,7 @@ def coefficient(
             taken = place == last
         else:
             s = tl.load(members_ptr + first + last, mask=wanted, other=0)
-            known = wanted & (s >= 0) & (s < sources)
+            known = wanted & (s >= 0) & (s < SOURCES)
             last_x = tl.load(row + s * stride_s, mask=known, other=0.0).to(tl.float32)
             if PROBABILITIES:
                 last_x = (last_x - m) - logsum
@@ -86,25 +86,25 @@ def coefficient(
 def reduce_segments_gradient_kernel(
     g_ptr, slope_ptr, divisor_ptr, scores_ptr, members_ptr, starts_ptr, order_ptr, readers_ptr, owner_ptr, weights_ptr,
     map_ptr, prior_ptr, target_ptr, z_ptr, picked_ptr, source_sum_ptr, out_ptr,
-    batch, sources, classes, maps, k,
+    batch, classes, maps, k,
     stride_gb, stride_gt, stride_b, stride_s, stride_map, stride_prior, stride_target,
     ignore_index,
-    REDUCE: tl.constexpr, PROBABILITIES: tl.constexpr, FREE: tl.constexpr, ONCE: tl.constexpr,
-    ROWS: tl.constexpr, SOURCES: tl.constexpr, TURNS: tl.constexpr, CLASSES: tl.constexpr,
+    SOURCES: tl.constexpr, VECTOR: tl.constexpr, REDUCE: tl.constexpr, PROBABILITIES: tl.constexpr, FREE: tl.constexpr,
+    ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """TURNS times ROWS samples and SOURCES sources. ONCE: no source has two entries. FREE: the classes' sum is not 1."""
+    """TURNS times ROWS samples and COLUMNS sources. ONCE: no source has two entries. FREE: the classes' sum is not 1."""
     pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(sources, SOURCES)
-    s = (pid % tiles * SOURCES + tl.arange(0, SOURCES))[None, :]
-    inside = s < sources
+    tiles = tl.cdiv(SOURCES, COLUMNS)
+    s = (pid % tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = s < SOURCES
     NEEDS_X: tl.constexpr = PROBABILITIES or REDUCE == "logsumexp" or REDUCE == "top-k mean"
     # With one map for all samples, who reads a source is looked up once for all rows.
     SHARED: tl.constexpr = map_ptr is None
     n = tl.zeros([1, 1], tl.int64)
-    begin = tl.load(readers_ptr + n * sources + s, mask=inside, other=0)
-    end = tl.load(readers_ptr + n * sources + s + 1, mask=inside, other=0)
+    begin = tl.load(readers_ptr + n * SOURCES + s, mask=inside, other=0)
+    end = tl.load(readers_ptr + n * SOURCES + s + 1, mask=inside, other=0)
     t, first, place, factor = reading(order_ptr, owner_ptr, starts_ptr, weights_ptr, begin, begin < end, n, classes, k, REDUCE)
-    shift = tl.zeros([1, SOURCES], tl.float32)
+    shift = tl.zeros([1, COLUMNS], tl.float32)
     if NEEDS_X and prior_ptr is not None:
         shift = log_prior(prior_ptr, s, inside, stride_prior, PROBABILITIES)
     for turn in range(0, TURNS):
@@ -114,8 +114,8 @@ def reduce_segments_gradient_kernel(
         known = live
         if not SHARED:
             n, known = map_of(map_ptr, b, live, maps, stride_map)
-            begin = tl.load(readers_ptr + n * sources + s, mask=live & inside, other=0)
-            end = tl.load(readers_ptr + n * sources + s + 1, mask=live & inside, other=0)
+            begin = tl.load(readers_ptr + n * SOURCES + s, mask=live & inside, other=0)
+            end = tl.load(readers_ptr + n * SOURCES + s + 1, mask=live & inside, other=0)
             t, first, place, factor = reading(
                 order_ptr, owner_ptr, starts_ptr, weights_ptr, begin, begin < end, n, classes, k, REDUCE
             )
@@ -127,16 +127,19 @@ def reduce_segments_gradient_kernel(
                 scale = tl.where(divisor == 0.0, 0.0, scale / divisor)
             y = tl.load(target_ptr + b * stride_target, mask=live, other=ignore_index)
             known = known & (((y >= 0) & (y < classes)) | (y == ignore_index))
-        x = tl.zeros([ROWS, SOURCES], tl.float32)
+        x = tl.zeros([ROWS, COLUMNS], tl.float32)
         m = tl.zeros([ROWS, 1], tl.float32)
         logsum = tl.zeros([ROWS, 1], tl.float32)
         if NEEDS_X:
-            x = tl.load(row + s * stride_s, mask=live & inside, other=0.0).to(tl.float32)
+            offset = b * stride_b + s * stride_s
+            if VECTOR > 1:
+                offset = tl.max_contiguous(tl.multiple_of(offset, [1, VECTOR]), [1, VECTOR])  # by stride_b
+            x = tl.load(scores_ptr + offset, mask=live & inside, other=0.0).to(tl.float32)
         if PROBABILITIES:
             m = tl.load(source_sum_ptr + b * 2, mask=live, other=0.0)
             logsum = tl.load(source_sum_ptr + b * 2 + 1, mask=live, other=0.0)
             x = (x - m) - logsum
-        d = tl.zeros([ROWS, SOURCES], tl.float32)
+        d = tl.zeros([ROWS, COLUMNS], tl.float32)
         if FREE:
             for start in range(0, classes, CLASSES):
                 column = (start + tl.arange(0, CLASSES))[None, :]
@@ -148,8 +151,8 @@ def reduce_segments_gradient_kernel(
 
         wanted = live & (begin < end)
         c = coefficient(
-            row, members_ptr, prior_ptr, z_ptr, picked_ptr, b, t, first, place, factor, x, m, logsum, wanted, classes, sources,
-            stride_s, stride_prior, REDUCE, PROBABILITIES,
+            row, members_ptr, prior_ptr, z_ptr, picked_ptr, b, t, first, place, factor, x, m, logsum, wanted, classes,
+            stride_s, stride_prior, SOURCES, REDUCE, PROBABILITIES,
         )  # fmt: skip
         G = arriving(g_ptr, slope_ptr, scale, b, t, wanted, classes, stride_gb, stride_gt)
         d += tl.where(c == 0.0, 0.0, G * c)
@@ -162,12 +165,12 @@ def reduce_segments_gradient_kernel(
                 wanted = live & reads
                 c = coefficient(
                     row, members_ptr, prior_ptr, z_ptr, picked_ptr, b, t_j, first_j, place_j, factor_j, x, m, logsum, wanted,
-                    classes, sources, stride_s, stride_prior, REDUCE, PROBABILITIES,
+                    classes, stride_s, stride_prior, SOURCES, REDUCE, PROBABILITIES,
                 )  # fmt: skip
                 G = arriving(g_ptr, slope_ptr, scale, b, t_j, wanted, classes, stride_gb, stride_gt)
                 d += tl.where(c == 0.0, 0.0, G * c)
         d = tl.where(known, d, float("nan"))
-        tl.store(out_ptr + b * sources + s, rounded(d, out_ptr.dtype.element_ty), mask=live & inside)
+        tl.store(out_ptr + b * SOURCES + s, rounded(d, out_ptr.dtype.element_ty), mask=live & inside)
 
 
 def reduce_segments_gradient(
@@ -180,15 +183,16 @@ def reduce_segments_gradient(
     d = torch.empty((batch, sources), dtype=scores.dtype, device=scores.device)
     strides = g.stride() if not loss else (g.stride(0) if g.dim() else 0, 0)
     if d.numel():
-        programs = triton.cdiv(batch, launch.ROWS * launch.turns) * triton.cdiv(sources, launch.SOURCES)
+        programs = triton.cdiv(batch, launch.ROWS * launch.turns) * triton.cdiv(sources, launch.COLUMNS)
         reduce_segments_gradient_kernel[(programs,)](
             g, slope if loss else None, None if divisor.dim() else divisor, scores, seg.members, seg.starts, seg.order,
             seg.readers, seg.owner, seg.weights if reduce == "weighted" else None, map_id, prior, target if loss else None,
             kept if kept.numel() else out, picked, source_sum, d,
-            batch, sources, seg.num_classes, seg.num_maps, k, *strides, *scores.stride(),
+            batch, seg.num_classes, seg.num_maps, k, *strides, *scores.stride(),
             *(t.stride(0) if t is not None else 0 for t in (map_id, prior, target)), ignore_index,
-            REDUCE=reduce, PROBABILITIES=probabilities, FREE=probabilities and not (loss and renormalize),
-            ONCE=seg.busiest == 1, ROWS=launch.ROWS, SOURCES=launch.SOURCES, TURNS=launch.turns, CLASSES=launch.CLASSES,
+            SOURCES=sources, VECTOR=vector_of(scores), REDUCE=reduce, PROBABILITIES=probabilities,
+            FREE=probabilities and not (loss and renormalize),
+            ONCE=seg.busiest == 1, ROWS=launch.ROWS, COLUMNS=launch.COLUMNS, TURNS=launch.turns, CLASSES=launch.CLASSES,
             num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return d
