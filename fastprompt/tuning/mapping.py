@@ -40,6 +40,7 @@ CONFIGS: dict[str, Launch] = {
     "forward": Launch(8, 128, 4),
     "gradient": Launch(8, 128, 4),
     "count": Launch(1, 1024, 4),
+    "count largest": Launch(1, 2048, 4),
 }
 
 ELEMENTS = 1024  # of a tile of segments, for 4 warps
@@ -48,7 +49,7 @@ PROGRAMS = 528  # 4 for each multiprocessor of an H200: fewer are made smaller
 
 
 def pick(kernel: str, columns: int, arch: str) -> Launch:
-    """The configuration for a kernel ("forward", "gradient", "count") over so many columns: few columns, more rows."""
+    """The configuration for a kernel of `CONFIGS` over so many columns: few columns, more rows."""
     best = CONFIGS[kernel]
     width = min(best.COLUMNS, _power(columns))
     return Launch(best.TILE // width, width, best.num_warps)
