@@ -6,24 +6,45 @@ the kernels run there too, in Triton's interpreter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastprompt import _runtime
-from fastprompt.tuning.mapping import pick
+from fastprompt.reference import mapping as reference
+from fastprompt.reference.mapping import Labels, Segments
+from fastprompt.tuning.mapping import Tile, pick, pick_segments
 
 if _runtime.HAS_TRITON:
     from fastprompt.kernels.mapping import backward as kernel_backward
     from fastprompt.kernels.mapping import count as kernel_count
     from fastprompt.kernels.mapping import forward as kernel_forward
+    from fastprompt.kernels.mapping import segments as kernel_segments
+    from fastprompt.kernels.mapping import segments_backward as kernel_segments_backward
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _library.define("map_labels(Tensor logits, Tensor index, bool differentiable) -> (Tensor, Tensor)")
 _library.define("map_labels_gradient(Tensor g, Tensor index, Tensor readers, SymInt sources) -> Tensor")
-_library.define("count_labels_(Tensor(a!) counts, Tensor logits, Tensor target, str impl) -> ()")
+_library.define("count_labels_(Tensor(a!) counts, Tensor logits, Tensor target, int? k, str impl) -> ()")
+_FLAGS = (
+    "int[] sizes, str reduce, int? k, bool probabilities, bool loss, str reduction, bool renormalize, float smoothing, "
+    "float focal, int ignore_index"
+)
+_library.define(
+    "map_segments(Tensor scores, Tensor[] map, Tensor? weights, Tensor? map_id, Tensor? prior, Tensor? target, "
+    f"Tensor? weight, bool differentiable, {_FLAGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "map_segments_gradient(Tensor g, Tensor scores, Tensor[] map, Tensor? weights, Tensor? map_id, Tensor? prior, "
+    f"Tensor? target, Tensor[] saved, {_FLAGS}) -> Tensor"
+)
 
 # ---- Triton ----
 
@@ -39,22 +60,127 @@ def _gradient_triton(g: Tensor, index: Tensor, readers: Tensor, sources: int) ->
     return kernel_backward.map_labels_gradient(g, index.contiguous(), readers, sources, launch)
 
 
-def _count_triton(counts: Tensor, logits: Tensor, target: Tensor, impl: str) -> None:
+def _count_triton(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, impl: str) -> None:
+    if k is not None:
+        reference.count_labels_(counts, logits, target, k)
+        return
     launch = pick("count", logits.shape[1], _runtime.arch(logits.device))
     kernel_count.count_labels_(counts, logits, target, launch)
+
+
+class Flags(NamedTuple):
+    """What a launch over segments is told, in the order of the schemas."""
+
+    sizes: tuple[int, ...]  # of `Segments`, from num_source to busiest; () for an index or identity
+    reduce: str
+    k: int | None
+    probabilities: bool
+    loss: bool = False
+    reduction: str = "none"
+    renormalize: bool = True
+    smoothing: float = 0.0
+    focal: float = 0.0
+    ignore_index: int = -100
+
+
+_inverted = WeakIdKeyDictionary()  # index -> (sources, version, segments)
+
+
+def _segments_of(parts: list[Tensor], weights: Tensor | None, sizes: tuple[int, ...], scores: Tensor) -> Segments:
+    """`Segments` from its tensors, from an index (found again as long as it does not change) or from nothing: identity."""
+    if not parts:
+        return _identity(scores.shape[1], scores.device)
+    if len(parts) > 1:
+        return Segments(*parts, weights, *sizes)  # type: ignore[arg-type, call-arg]
+    index = parts[0]
+    state = (scores.shape[1], _version(index))
+    known = _inverted.get(index)
+    if known is None or known[0] != state:
+        known = _inverted[index] = (state, _invert(index, scores.shape[1]))
+    return known[1]
+
+
+def _invert(index: Tensor, sources: int) -> Segments:
+    """An index [T] or [N, T] as segments, without a sync: readers that no source has are left out, out of range is kept."""
+    maps, classes = (1, *index.shape)[-2:]
+    members = index.reshape(-1)
+    count = torch.arange(max(maps * max(sources, classes), 1) + 1, device=index.device)
+    row = count[: maps * classes] // max(classes, 1)
+    key = torch.where((members >= 0) & (members < sources), row * sources + members, maps * sources)
+    key, order = key.sort(stable=True)
+    readers = torch.searchsorted(key, count[: maps * sources + 1])
+    owner = count[: maps * classes] % max(classes, 1)
+    return Segments(members, count[: maps * classes + 1], order, readers, owner, None, sources, classes, maps, 1, min(classes, 2))
+
+
+@lru_cache(maxsize=64)
+def _identity(classes: int, device: torch.device) -> Segments:
+    return _invert(torch.arange(classes, device=device), classes)
+
+
+def _segments_triton(scores, parts, weights, map_id, prior, target, weight, differentiable, *flags):  # type: ignore[no-untyped-def]
+    f = Flags(*flags)
+    seg = _segments_of(parts, weights, f.sizes, scores)
+    launch = _pick_segments("forward", scores, seg.num_classes, seg.longest, f)
+    return kernel_segments.reduce_segments(
+        scores, seg, map_id, prior, target, weight, differentiable=differentiable, launch=launch, **_kernel_flags(f)
+    )
+
+
+def _segments_gradient_triton(g, scores, parts, weights, map_id, prior, target, saved, *flags):  # type: ignore[no-untyped-def]
+    f = Flags(*flags)
+    seg = _segments_of(parts, weights, f.sizes, scores)
+    launch = _pick_segments("gradient", scores, seg.num_classes, seg.longest, f)
+    given = _kernel_flags(f)
+    for name in ("reduction", "smoothing", "focal"):
+        given.pop(name)
+    return kernel_segments_backward.reduce_segments_gradient(
+        g, scores, seg, map_id, prior, target, *saved, launch=launch, **given
+    )
+
+
+def _kernel_flags(f: Flags) -> dict[str, Any]:
+    return {name: value for name, value in f._asdict().items() if name != "sizes"}
+
+
+def _pick_segments(kernel: str, scores: Tensor, classes: int, longest: int, f: Flags, batch: int | None = None) -> Tile:
+    return pick_segments(
+        kernel, batch=scores.shape[0] if batch is None else batch, sources=scores.shape[1], classes=classes,
+        longest=1 if f.reduce == "first" else longest, probabilities=f.probabilities, loss=f.loss,
+        arch=_runtime.arch(scores.device),
+    )  # fmt: skip
 
 
 # ---- CPU ----
 
 
-def _count_cpu(counts: Tensor, logits: Tensor, target: Tensor, impl: str) -> None:
+def _count_cpu(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, impl: str) -> None:
     if impl == "triton":
-        _count_triton(counts, logits, target, impl)
+        _count_triton(counts, logits, target, k, impl)
     elif len(logits):
-        # NumPy's arg-max has the same rules as PyTorch's and is several times faster on a core.
-        source, labels = logits.detach().float().numpy().argmax(1), target.numpy()
-        known = (labels >= 0) & (labels < counts.shape[1])
-        np.add.at(counts.view(-1).numpy(), (source * counts.shape[1] + labels)[known], 1)
+        labels, classes = target.numpy(), counts.shape[1]
+        known = (labels >= 0) & (labels < classes)
+        logits = logits.detach().float()
+        amount: Any = 1
+        if k is None:
+            # NumPy's arg-max has the same rules as PyTorch's and is several times faster on a core.
+            cells = (logits.numpy().argmax(1) * classes + labels)[known]
+        else:
+            at = _top(logits, k)
+            share = (logits.softmax(1).gather(1, at).double() * reference.COUNT_UNIT).nan_to_num_(0.0).round_()
+            cells = (at.numpy() * classes + labels[:, None])[known]
+            amount = share.long().numpy()[known]
+        np.add.at(counts.view(-1).numpy(), cells, amount)
+
+
+def _top(x: Tensor, k: int) -> Tensor:
+    """The places of the k largest of every row, the first of equals."""
+    values, at = x.topk(k, 1)
+    # Rows in which torch.topk had a choice that it does not promise to make in the same way
+    tied = np.flatnonzero(((x >= values[:, -1:]).sum(1) != k).numpy())
+    if len(tied):
+        at[tied] = x[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return at
 
 
 # ---- Registration ----
@@ -73,13 +199,42 @@ def _gradient_fake(g: Tensor, index: Tensor, readers: Tensor, sources: int) -> T
     return g.new_empty((g.shape[0], sources))
 
 
-def _count_fake(counts: Tensor, logits: Tensor, target: Tensor, impl: str) -> None:
+def _count_fake(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, impl: str) -> None:
     return None
+
+
+def _segments_fake(scores, parts, weights, map_id, prior, target, weight, differentiable, *flags):  # type: ignore[no-untyped-def]
+    f = Flags(*flags)
+    classes, longest = (f.sizes[1], f.sizes[3]) if f.sizes else ((parts[0] if parts else scores).shape[-1], 1)
+    reduce = "sum" if longest == 1 and f.reduce != "weighted" else f.reduce
+    alone = classes <= _pick_segments("forward", scores, int(classes), longest, f, batch=1).CLASSES
+    needs_z = differentiable and (reduce == "logsumexp" or (f.probabilities and reduce not in ("first", "max")))
+    value_dtype = torch.float32 if f.probabilities else scores.dtype
+    batch = scores.shape[0]
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return scores.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    return (
+        empty(not f.loss, batch, classes, dtype=value_dtype),
+        empty(f.loss, *((batch,) if f.reduction == "none" else ())),
+        empty(f.loss and f.reduction == "mean"),
+        empty(differentiable and f.probabilities, batch, 2),
+        empty((f.loss and (needs_z or not alone)) or (needs_z and value_dtype != torch.float32), batch, classes),
+        empty(differentiable and reduce in ("max", "top-k mean"), batch, classes, dtype=torch.int32),
+        empty(differentiable and f.loss, batch, classes),
+    )
+
+
+def _segments_gradient_fake(g, scores, *rest):  # type: ignore[no-untyped-def]
+    return scores.new_empty(scores.shape)
 
 
 for _name, _triton, _cpu, _fake in (
     ("map_labels", _forward_triton, _forward_triton, _forward_fake),
     ("map_labels_gradient", _gradient_triton, _gradient_triton, _gradient_fake),
+    ("map_segments", _segments_triton, _segments_triton, _segments_fake),
+    ("map_segments_gradient", _segments_gradient_triton, _segments_gradient_triton, _segments_gradient_fake),
     ("count_labels_", _count_triton, _count_cpu, _count_fake),
 ):
     _library.impl(_name, _runtime.on_its_device(_triton), "CUDA")
@@ -88,6 +243,8 @@ for _name, _triton, _cpu, _fake in (
 
 _forward = torch.ops.fastprompt.map_labels.default
 _gradient = torch.ops.fastprompt.map_labels_gradient.default
+_segments = torch.ops.fastprompt.map_segments.default
+_segments_gradient = torch.ops.fastprompt.map_segments_gradient.default
 count_labels_ = torch.ops.fastprompt.count_labels_.default
 
 
@@ -104,12 +261,324 @@ class MapLabels(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fastprompt.functional.map_labels has no second derivative: call backward without create_graph=True, "
-                'or use impl="torch"'
-            )
+            raise RuntimeError(_NO_SECOND.format("map_labels"))
         index, readers = ctx.saved_tensors
         return _gradient(g, index, readers, ctx.sources), None, None
+
+
+class ReduceSegments(torch.autograd.Function):
+    """A map, or its loss, by the kernels over segments, with a gradient for the scores."""
+
+    @staticmethod
+    def forward(ctx, scores, differentiable, weights, map_id, prior, target, weight, flags, *parts):  # type: ignore[no-untyped-def]
+        out, losses, *saved = _segments(scores, list(parts), weights, map_id, prior, target, weight, differentiable, *flags)
+        if differentiable:
+            ctx.save_for_backward(scores, weights, map_id, prior, target, out, *saved, *parts)
+            ctx.flags = flags
+        return losses if flags.loss else out
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise RuntimeError(_NO_SECOND.format("mapped_cross_entropy" if ctx.flags.loss else "map_labels"))
+        scores, weights, map_id, prior, target, *rest = ctx.saved_tensors
+        d = _segments_gradient(g, scores, rest[6:], weights, map_id, prior, target, rest[:6], *ctx.flags)
+        return d, *[None] * (7 + len(rest[6:]))
+
+
+def by_kernels(
+    scores: Tensor, labels: Labels | None, map_id: Tensor | None, prior: Tensor | None, flags: Flags,
+    target: Tensor | None = None, weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A map, or its loss, in the kernels: identity, an index or `Segments` with weights that are constant."""
+    weights, parts = None, () if labels is None else (labels,)
+    if isinstance(labels, Segments):
+        weights = labels.weights if flags.reduce == "weighted" else None
+        parts, flags = labels[:5], flags._replace(sizes=labels[6:])  # type: ignore[assignment]
+    differentiable = scores.requires_grad and torch.is_grad_enabled()
+    return ReduceSegments.apply(scores, differentiable, weights, map_id, prior, target, weight, flags, *parts)
+
+
+# ---- Segments on a CPU: gathers there and back, no scatter where no two classes share a source ----
+
+
+class Plan(NamedTuple):
+    """What the CPU looks up in a map, made once. With N maps the tensors have a first axis of N, without rounds and entry."""
+
+    table: Tensor  # int64 [T * longest]: the entries' sources; short classes are filled up with their first
+    filled: Tensor | None  # bool [T, longest]: where they were; None: all classes have the same size
+    first: Tensor  # int64 [T]
+    size: Tensor  # float32 [T]
+    shortest: int
+    rounds: tuple[Tensor, ...]  # int64 [S] each: the class that reads a source first, second, ...; T where there is none
+    entry: Tensor | None  # int64 [S], where no source is read twice: the place in the table, T * longest where there is none
+
+
+_plans = WeakIdKeyDictionary()  # members -> (what they were, plan)
+_MOST_ROUNDS = 4  # classes that share a source: more of them are added one by one
+
+
+def plan_of(seg: Segments) -> Plan:
+    """The plan of a map, known by its tensors and their version."""
+    identity = (
+        id(seg.starts), seg.num_source, seg.num_classes, seg.num_maps, *map(_version, (seg.members, seg.starts))
+    )  # fmt: skip
+    known = _plans.get(seg.members)
+    if known is None or known[0] != identity:
+        known = _plans[seg.members] = (identity, _make_plan(seg))
+    return known[1]
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+@torch.inference_mode(False)
+def _make_plan(seg: Segments) -> Plan:
+    maps, classes, longest, sources = seg.num_maps, seg.num_classes, seg.longest, seg.num_source
+    size = seg.starts.diff().view(maps, classes)
+    start = seg.starts[:-1].view(maps, classes, 1)
+    filled = torch.arange(longest) >= size[..., None]
+    entry = torch.where(filled, start, start + torch.arange(longest))  # [N, T, longest], into the members
+    table = seg.members[entry].view(maps, -1)
+    shortest = int(size.min())
+    if maps > 1:
+        return Plan(table, filled if shortest < longest else None, seg.members[start[..., 0]], size.float(), shortest, (), None)
+    rounds: list[Tensor] = []
+    degree = seg.readers.diff()
+    if seg.busiest <= _MOST_ROUNDS:
+        ordered = F.pad(seg.owner[seg.order], (0, 1))
+        for r in range(seg.busiest):
+            rounds.append(torch.where(degree > r, ordered[(seg.readers[:-1] + r).clamp(max=len(ordered) - 1)], classes))
+    place = None
+    if seg.busiest == 1:
+        place = torch.full((sources,), classes * longest)
+        place[table[0]] = torch.arange(classes * longest)
+        place[seg.members[seg.starts[:-1]]] = torch.arange(classes) * longest  # and not where the class was filled up
+    return Plan(
+        table[0], filled[0] if shortest < longest else None, seg.members[seg.starts[:-1]], size[0].float(), shortest,
+        tuple(rounds), place,
+    )  # fmt: skip
+
+
+def _plain(
+    values: Tensor, labels: Labels, reduce: str, map_id: Tensor | None, k: int | None, prior: Tensor | None, logarithms: bool
+) -> Tensor:  # fmt: skip
+    return reference.reduce_values(values if prior is None else values - prior, labels, reduce, map_id, k, logarithms)
+
+
+def map_cpu(
+    scores: Tensor, labels: Labels | None, reduce: str, map_id: Tensor | None, of: str, k: int | None, prior: Tensor | None
+) -> Tensor:
+    """`reference.map_labels` of at most 32 bits in float32, differentiable."""
+    logarithms = of == "probabilities"
+    if logarithms:
+        scores = scores.float().log_softmax(1)
+        prior = prior if prior is None else prior.log()
+    prior = prior if prior is None else prior.float()
+    if labels is None:
+        return scores.float() if prior is None else scores.float() - prior
+    if isinstance(labels, Segments):
+        if labels.num_maps == 1:
+            map_id = None
+        if labels.longest == 1 and reduce != "weighted":
+            reduce = "first"
+        elif k is not None and k >= labels.longest:
+            reduce = "mean"
+        plan = plan_of(labels) if labels.longest else None
+        weights = labels.weights if reduce == "weighted" else None
+        if (
+            plan is None
+            or (weights is not None and weights.requires_grad)
+            or (reduce == "top-k mean" and plan.shortest < (k or 0))
+        ):
+            return _plain(scores.float(), labels, reduce, map_id, k, prior, logarithms)
+        if reduce != "first":
+            given = (scores, labels, plan, map_id, prior, reduce, k, logarithms)
+            return MapSegments.apply(*given) if scores.requires_grad and torch.is_grad_enabled() else _forward_cpu(*given)[0]
+        labels = plan.first
+    elif labels.is_floating_point():
+        scores = scores.float()
+        if logarithms or map_id is not None or torch.is_autocast_enabled("cpu"):
+            return _plain(scores, labels, reduce, map_id, k, prior, logarithms)
+        return (scores if prior is None else scores - prior) @ labels.float()
+    if map_id is None:
+        out = scores.index_select(1, labels).float()
+        return out if prior is None else out - prior[labels]
+    index = labels[map_id]
+    out = scores.gather(1, index).float()
+    return out if prior is None else out - prior[index]
+
+
+def _forward_cpu(
+    scores: Tensor, seg: Segments, plan: Plan, map_id: Tensor | None, prior: Tensor | None, reduce: str, k: int | None,
+    logarithms: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    """The mapped scores [B, T] in float32, and what the backward needs."""
+    linear = not logarithms and reduce in ("mean", "sum", "weighted")
+    ragged = linear and plan.filled is not None and map_id is None
+    read = seg.members if ragged else plan.table if map_id is None else plan.table[map_id]
+    x = (scores.index_select(1, read) if map_id is None else scores.gather(1, read)).float()
+    if prior is not None:
+        x = x - prior[read]
+    if ragged:
+        if reduce == "weighted":
+            assert seg.weights is not None
+            x = x * seg.weights.float()
+        out = torch.from_numpy(np.add.reduceat(x.numpy(), seg.starts[:-1].numpy(), axis=1))
+        return (out.div_(plan.size) if reduce == "mean" else out), ()
+    shape = (len(scores), seg.num_classes, seg.longest)
+    x = x.view(shape)
+    size = plan.size if map_id is None else plan.size[map_id]
+    filled = plan.filled if plan.filled is None or map_id is None else plan.filled[map_id]
+    weights = _table_weights(seg, plan, map_id) if reduce == "weighted" else None
+    if linear:
+        if filled is not None:
+            x = x.masked_fill(filled, 0)
+        if weights is not None:
+            x = x * weights
+        if reduce != "mean":
+            return x.sum(-1), ()
+        return (x.mean(-1) if filled is None else x.sum(-1).div_(size)), ()
+    if reduce == "max":  # a class is filled up with its first source, which never beats itself
+        out, at = x.max(-1)
+        return out, (at,)
+    if reduce == "top-k mean":
+        assert k is not None
+        x, at = _largest(x, filled, k)
+        if not logarithms:
+            return x.mean(-1), (at,)
+        out = x.logsumexp(-1)
+        return out - math.log(k), (at, x, out)
+    if filled is not None:
+        x = x.masked_fill(filled, -torch.inf)
+    if weights is not None:
+        x = x + weights.log()
+    out = x.logsumexp(-1)
+    return (out - size.log() if reduce == "mean" else out), (None, x, out)
+
+
+def _largest(x: Tensor, filled: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest along the last axis and their places, the first of equals: what torch.topk leaves open."""
+    if filled is not None:
+        x = x.masked_fill(filled, -torch.inf)
+    values, at = x.topk(k + 1, -1)
+    if bool((values[..., k - 1] == values[..., k]).any()):
+        values, at = x.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], at[..., :k]
+
+
+def _table_weights(seg: Segments, plan: Plan, map_id: Tensor | None) -> Tensor:
+    """The entries' weights, 0 where a class was filled up: [T, longest], or [B, T, longest] with map_id."""
+    assert seg.weights is not None
+    shape = (seg.num_maps, seg.num_classes, 1)
+    place = torch.arange(seg.longest)
+    size = plan.size.view(shape)
+    weights = seg.weights.float()[torch.where(place < size, seg.starts[:-1].view(shape) + place, 0)]
+    weights = torch.where(place < size, weights, 0)
+    return weights[0] if map_id is None else weights[map_id]
+
+
+def _backward_cpu(
+    g: Tensor, seg: Segments, plan: Plan, map_id: Tensor | None, saved: tuple[Tensor | None, ...], dtype: torch.dtype,
+    reduce: str, k: int | None, logarithms: bool,
+) -> Tensor:  # fmt: skip
+    """d scores [B, S] in their dtype, summed in float32."""
+    batch, classes, longest = len(g), seg.num_classes, seg.longest
+    size = plan.size if map_id is None else plan.size[map_id]
+    if saved == ():
+        if reduce == "mean":
+            g = g / (longest if plan.filled is None else size)
+        weighted = reduce == "weighted"
+        if map_id is None and plan.rounds:
+            g = F.pad(g if len(plan.rounds) > 1 or weighted else g.to(dtype), (0, 1))
+            d = g.index_select(1, plan.rounds[0])
+            if weighted:
+                d = d * _source_weights(seg, 0)
+            for r, reader in enumerate(plan.rounds[1:], 1):
+                more = g.index_select(1, reader)
+                d = d + (more * _source_weights(seg, r) if weighted else more)
+            return d.to(dtype)
+        if map_id is None:
+            each = g.index_select(1, seg.owner)
+            if weighted:
+                assert seg.weights is not None
+                each = each * seg.weights.float()
+            return g.new_zeros(batch, seg.num_source).index_add_(1, seg.members, each).to(dtype)
+        each = g[..., None].expand(batch, classes, longest)
+        if weighted:
+            each = each * _table_weights(seg, plan, map_id)
+    else:
+        at, *exponents = saved
+        each = g[..., None]
+        if exponents:
+            x, out = exponents
+            assert x is not None
+            assert out is not None
+            out = out.masked_fill(out == -torch.inf, 0)[..., None]
+            each = (x - out).exp_().mul_(each)
+        elif reduce == "top-k mean":
+            assert k is not None
+            each = (each / k).expand(batch, classes, k)
+        if at is not None:
+            at = at.view(batch, classes, -1)
+            place = at + torch.arange(0, classes * longest, longest)[:, None]
+            read = plan.table[place] if map_id is None else plan.table[map_id].gather(1, place.view(batch, -1))
+            d = g.new_zeros(batch, seg.num_source)
+            return d.scatter_add_(1, read.view(batch, -1), each.reshape(batch, -1)).to(dtype)
+    if map_id is None and plan.entry is not None:
+        return F.pad(each.reshape(batch, -1), (0, 1)).index_select(1, plan.entry).to(dtype)
+    if plan.filled is not None:
+        each = each.masked_fill(plan.filled if map_id is None else plan.filled[map_id], 0)
+    d, each = g.new_zeros(batch, seg.num_source), each.reshape(batch, -1)
+    return (d.index_add_(1, plan.table, each) if map_id is None else d.scatter_add_(1, plan.table[map_id], each)).to(dtype)
+
+
+def _source_weights(seg: Segments, r: int) -> Tensor:
+    """The weight of the r-th entry that reads each source, 0 where there is none: [S]."""
+    assert seg.weights is not None
+    at = seg.readers[:-1] + r
+    ordered = F.pad(seg.weights.float()[seg.order], (0, 1))
+    return torch.where(at < seg.readers[1:], ordered[at.clamp(max=len(ordered) - 1)], 0)
+
+
+class MapSegments(torch.autograd.Function):
+    """A segmented map on a CPU, in float32, with a gradient for the scores."""
+
+    @staticmethod
+    def forward(ctx, scores, seg, plan, map_id, prior, reduce, k, logarithms):  # type: ignore[no-untyped-def]
+        out, saved = _forward_cpu(scores, seg, plan, map_id, prior, reduce, k, logarithms)
+        ctx.save_for_backward(map_id, *saved)
+        ctx.given = seg, plan, scores.dtype, reduce, k, logarithms
+        return out
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise RuntimeError(_NO_SECOND.format("map_labels"))
+        seg, plan, *given = ctx.given
+        map_id, *saved = ctx.saved_tensors
+        return _backward_cpu(g, seg, plan, map_id, tuple(saved), *given), *[None] * 7
+
+
+def cross_entropy_cpu(
+    mapped: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, ignore_index: int, focal: float,
+    reduction: str, renormalize: bool,
+) -> Tensor:  # fmt: skip
+    """The loss of the mapped scores; PyTorch's own where it has it."""
+    if renormalize and not focal:
+        weight = weight if weight is None else weight.to(mapped.dtype)
+        return F.cross_entropy(
+            mapped, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    losses, weights = reference.cross_entropies(
+        mapped, target, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, focal=focal,
+        renormalize=renormalize,
+    )  # fmt: skip
+    return reference.total(losses, weights, reduction)
+
+
+_NO_SECOND = 'fastprompt.functional.{} has no second derivative: call backward without create_graph=True, or use impl="torch"'
 
 
 # ---- Matching: on the host, once an epoch ----

@@ -2,6 +2,7 @@
 
 A map takes S source classes to T target classes, in one of three forms, or N of a form with a `map_id` for every sample:
 
+    identity     None                             out = v
     one-to-one   index int64 [T] or [N, T]        out[b, t] = v[b, index[t]]
     segmented    `Segments`                       out[b, t] = reduce over the entries e of class t of v[b, members[e]]
     matrix       float [S, T] or [N, S, T]        out = v @ matrix
@@ -72,7 +73,7 @@ def segments(members: Tensor, starts: Tensor, sources: int, maps: int = 1, weigh
 
 
 def map_labels(
-    scores: Tensor, labels: Labels, *, reduce: str = "mean", map_id: Tensor | None = None, of: str = "logits",
+    scores: Tensor, labels: Labels | None, *, reduce: str = "mean", map_id: Tensor | None = None, of: str = "logits",
     k: int | None = None, prior: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """scores [B, S] -> [B, T]: of logits in the dtype of the scores, of probabilities float32 at least.
@@ -93,8 +94,12 @@ def source_values(scores: Tensor, prior: Tensor | None, of: str) -> Tensor:
     return scores if prior is None else scores - prior.to(scores.dtype)
 
 
-def reduce_values(values: Tensor, labels: Labels, reduce: str, map_id: Tensor | None, k: int | None, logarithms: bool) -> Tensor:
+def reduce_values(
+    values: Tensor, labels: Labels | None, reduce: str, map_id: Tensor | None, k: int | None, logarithms: bool
+) -> Tensor:
     """The map of values [B, S]; where they are logarithms, the logarithm of the map of what they are the logarithms of."""
+    if labels is None:
+        return values
     known = None
     if map_id is not None:
         maps = labels.num_maps if isinstance(labels, Segments) else labels.shape[0]
@@ -125,7 +130,8 @@ def _multiply(values: Tensor, matrix: Tensor, map_id: Tensor | None, logarithms:
     if logarithms:
         top = values.amax(1, keepdim=True).detach() if values.shape[1] else top
         values = (values - top).double().exp()
-    out = values @ matrix.to(values.dtype)  # [B, T], or [N, B, T]: every sample by every map, which copies no matrix
+    with torch.autocast(values.device.type, enabled=False):
+        out = values @ matrix.to(values.dtype)  # [B, T], or [N, B, T]: every sample by every map, which copies no matrix
     if map_id is not None:
         out = out[map_id, torch.arange(len(map_id), device=out.device)]
     if logarithms:
@@ -173,12 +179,12 @@ def _reduce_segments(
 
 def _log_sum_exp(x: Tensor, weights: Tensor | None) -> Tensor:
     """log(sum of weights * exp(x)) over the last axis; -inf, and no gradient, where nothing is summed."""
-    if weights is None:
-        return x.logsumexp(-1)
-    x = torch.where(weights == 0, -torch.inf, x)
+    if weights is not None:
+        x = torch.where(weights == 0, -torch.inf, x)
     top = x.amax(-1, keepdim=True).detach()
-    top = torch.where(top == -torch.inf, 0, top)
-    mass = (weights * (x - top).exp()).sum(-1)
+    top = torch.where(top.isinf(), 0, top)
+    mass = (x - top).exp()
+    mass = (mass if weights is None else weights * mass).sum(-1)
     nothing = mass == 0
     return torch.where(nothing, -torch.inf, torch.where(nothing, 1, mass).log() + top[..., 0])
 
@@ -187,7 +193,7 @@ def _log_sum_exp(x: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def mapped_cross_entropy(
-    scores: Tensor, labels: Labels, target: Tensor, *, reduce: str = "mean", map_id: Tensor | None = None,
+    scores: Tensor, labels: Labels | None, target: Tensor, *, reduce: str = "mean", map_id: Tensor | None = None,
     of: str = "logits", k: int | None = None, prior: Tensor | None = None, renormalize: bool = True,
     weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100, focal: float = 0.0,
     reduction: str = "mean",
@@ -199,9 +205,7 @@ def mapped_cross_entropy(
         mapped, target, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, focal=focal,
         renormalize=renormalize or of == "logits",
     )  # fmt: skip
-    if reduction == "none":
-        return losses
-    return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
+    return total(losses, weights, reduction)
 
 
 def cross_entropies(
@@ -227,6 +231,13 @@ def cross_entropies(
     if focal:
         losses = losses * (-picked.expm1()).clamp_min(torch.finfo(picked.dtype).tiny) ** focal
     return torch.where(kept, torch.where(known, losses, torch.nan), 0.0), weights
+
+
+def total(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    """What becomes of the losses; their mean is over the weights."""
+    if reduction == "none":
+        return losses
+    return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
 
 
 # ---- Making maps ----
