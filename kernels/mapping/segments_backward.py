@@ -7,8 +7,8 @@
                      sum over the classes, less softmax(scores)[b, s] * sum over t of G[b, t]
 
 x, z and the saved tensors as in segments.py. g [B, T] or [B] (stride 0 for a mean or a sum): any strides. Only what was
-taken by first, max and top-k mean gets something; a class without mass (z = -inf) gives nothing. `order` and `readers` say
-who reads a source: no memset, no scatter, no sort, no atomic; the same bits every time.
+taken by first, max and top-k mean gets something; a sum of exponentials without mass (z = -inf) gives nothing. `order` and
+`readers` say who reads a source: no memset, no scatter, no sort, no atomic; the same bits every time.
 
 A row is NaN where its map_id is not a map or its target not a class.
 
@@ -145,6 +145,9 @@ def reduce_segments_gradient_kernel(
                 column = (start + tl.arange(0, CLASSES))[None, :]
                 wanted = live & (column < classes)
                 G = arriving(g_ptr, slope_ptr, scale, b, column.to(tl.int64), wanted, classes, stride_gb, stride_gt)
+                if REDUCE != "max" and REDUCE != "first":
+                    z = tl.load(z_ptr + b * classes + column, mask=wanted, other=0.0)
+                    G = tl.where(z == float("-inf"), 0.0, G)
                 d -= tl.sum(G, axis=1)[:, None]
             d *= tl.exp(x)
         x -= shift
