@@ -255,7 +255,7 @@ def sweep(device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
         kernels = ("query",) if case.mode == "forward" else ("query", "own", "prefix")
         plans.append((case, [(f"{kernel} {_label(tile)}", _tiled(kernel, tile)) for kernel in kernels for tile in TILES]))
     make = [mapping.many_to_one(256 * batch, 1000, 10, 100, reduce, dtype) for reduce in ("mean", "probabilities")]
-    make.append(mapping.mapped_loss(256 * batch, 1000, 10, dtype))
+    make.append(mapping.mapped_loss(256 * batch, 1000, 10, dtype)[1:])  # forward there is one entry to read
     for case in [case for cases in make for case in cases]:
         kernel = "forward" if case.mode == "forward" else "gradient"
         plans.append((case, [(f"{kernel} {_label(change)}", _segmented(kernel, change)) for change in SEGMENTS[kernel]]))

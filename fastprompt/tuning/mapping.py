@@ -72,7 +72,8 @@ def pick_segments(
     each = min(_power(longest), ELEMENTS // across)
     rows, warps, turns = max(1, ELEMENTS // (across * each)), 4, 1
     if loss and batch * _power(classes) * _power(longest) + (batch * sources if probabilities else 0) <= ALONE:
-        rows, warps = min(2 * rows, _power(batch)), 8
+        rows = min(2 * rows, _power(batch))
+        warps = 8 if rows * across * each > ELEMENTS else 4
         turns = max(1, -(-batch // rows))
     else:
         while each > 4 and rows < 8 and batch // (2 * rows) >= PROGRAMS:

@@ -303,7 +303,7 @@ def reduce_segments_kernel(
                         z = tl.load(kept_ptr + b * classes + t, mask=live & there, other=0.0)
                     w = tl.full([1, CLASSES], 1.0, tl.float32)
                     if weight_ptr is not None:
-                        w = tl.load(weight_ptr + t * stride_weight, mask=there, other=0.0).to(tl.float32)
+                        w = tl.load(weight_ptr + t.to(tl.int64) * stride_weight, mask=there, other=0.0).to(tl.float32)
                     w = tl.where(there, w, 0.0)
                     all_w += tl.sum(w, axis=1)[:, None]
                     smooth -= tl.sum(tl.where(there, w * ((z - top) - log_rest), 0.0), axis=1)[:, None]
@@ -340,7 +340,7 @@ def reduce_segments_kernel(
                     if SMOOTH:
                         w = tl.full([1, CLASSES], 1.0, tl.float32)
                         if weight_ptr is not None:
-                            w = tl.load(weight_ptr + t * stride_weight, mask=there, other=0.0).to(tl.float32)
+                            w = tl.load(weight_ptr + t.to(tl.int64) * stride_weight, mask=there, other=0.0).to(tl.float32)
                         slope = (1.0 - smoothing) * slope + smoothing / classes * (q * all_w - w)
                     if FOCAL:
                         slope = keep * slope + fall * miss

@@ -31,7 +31,7 @@ def reading(
 ):  # fmt: skip
     """(class, place in it, factor) of the entries order[entry_at]; a factor of 0 for what is never taken."""
     entry = tl.load(order_ptr + entry_at, mask=reads, other=0)
-    t = tl.load(owner_ptr + entry, mask=reads, other=0)
+    t = tl.load(owner_ptr + entry, mask=reads, other=0).to(tl.int32)
     first = tl.load(starts_ptr + n * classes + t, mask=reads, other=0)
     place = (entry - first).to(tl.int32)
     factor = tl.where(reads, 1.0, 0.0)
@@ -49,7 +49,7 @@ def reading(
 def arriving(g_ptr, slope_ptr, scale, b, t, wanted, classes, stride_gb, stride_gt):
     """G at (b, t); with a loss `scale` is g[b] / divisor."""
     if slope_ptr is None:
-        return tl.load(g_ptr + b * stride_gb + t * stride_gt, mask=wanted, other=0.0).to(tl.float32)
+        return tl.load(g_ptr + b * stride_gb + t.to(tl.int64) * stride_gt, mask=wanted, other=0.0).to(tl.float32)
     else:
         return scale * tl.load(slope_ptr + b * classes + t, mask=wanted, other=0.0)
 
@@ -102,8 +102,8 @@ def reduce_segments_gradient_kernel(
     SHARED: tl.constexpr = map_ptr is None
     n = tl.zeros([1, 1], tl.int64)
     begin = tl.load(readers_ptr + n * SOURCES + s, mask=inside, other=0)
-    end = tl.load(readers_ptr + n * SOURCES + s + 1, mask=inside, other=0)
-    t, first, place, factor = reading(order_ptr, owner_ptr, starts_ptr, weights_ptr, begin, begin < end, n, classes, k, REDUCE)
+    count = (tl.load(readers_ptr + n * SOURCES + s + 1, mask=inside, other=0) - begin).to(tl.int32)
+    t, first, place, factor = reading(order_ptr, owner_ptr, starts_ptr, weights_ptr, begin, count > 0, n, classes, k, REDUCE)
     shift = tl.zeros([1, COLUMNS], tl.float32)
     if NEEDS_X and prior_ptr is not None:
         shift = log_prior(prior_ptr, s, inside, stride_prior, PROBABILITIES)
@@ -115,9 +115,9 @@ def reduce_segments_gradient_kernel(
         if not SHARED:
             n, known = map_of(map_ptr, b, live, maps, stride_map)
             begin = tl.load(readers_ptr + n * SOURCES + s, mask=live & inside, other=0)
-            end = tl.load(readers_ptr + n * SOURCES + s + 1, mask=live & inside, other=0)
+            count = (tl.load(readers_ptr + n * SOURCES + s + 1, mask=live & inside, other=0) - begin).to(tl.int32)
             t, first, place, factor = reading(
-                order_ptr, owner_ptr, starts_ptr, weights_ptr, begin, begin < end, n, classes, k, REDUCE
+                order_ptr, owner_ptr, starts_ptr, weights_ptr, begin, count > 0, n, classes, k, REDUCE
             )
         scale = tl.full([ROWS, 1], 1.0, tl.float32)
         if slope_ptr is not None:
@@ -144,7 +144,7 @@ def reduce_segments_gradient_kernel(
             for start in range(0, classes, CLASSES):
                 column = (start + tl.arange(0, CLASSES))[None, :]
                 wanted = live & (column < classes)
-                G = arriving(g_ptr, slope_ptr, scale, b, column.to(tl.int64), wanted, classes, stride_gb, stride_gt)
+                G = arriving(g_ptr, slope_ptr, scale, b, column, wanted, classes, stride_gb, stride_gt)
                 if REDUCE != "max" and REDUCE != "first":
                     z = tl.load(z_ptr + b * classes + column, mask=wanted, other=0.0)
                     G = tl.where(z == float("-inf"), 0.0, G)
@@ -152,7 +152,7 @@ def reduce_segments_gradient_kernel(
             d *= tl.exp(x)
         x -= shift
 
-        wanted = live & (begin < end)
+        wanted = live & (count > 0)
         c = coefficient(
             row, members_ptr, prior_ptr, z_ptr, picked_ptr, b, t, first, place, factor, x, m, logsum, wanted, classes,
             stride_s, stride_prior, SOURCES, REDUCE, PROBABILITIES,
@@ -160,8 +160,8 @@ def reduce_segments_gradient_kernel(
         G = arriving(g_ptr, slope_ptr, scale, b, t, wanted, classes, stride_gb, stride_gt)
         d += tl.where(c == 0.0, 0.0, G * c)
         if not ONCE:
-            for j in range(1, tl.max(end - begin).to(tl.int32)):
-                reads = begin + j < end
+            for j in range(1, tl.max(count)):
+                reads = j < count
                 t_j, first_j, place_j, factor_j = reading(
                     order_ptr, owner_ptr, starts_ptr, weights_ptr, begin + j, reads, n, classes, k, REDUCE
                 )
