@@ -63,11 +63,8 @@ def _gradient_triton(g: Tensor, index: Tensor, readers: Tensor, sources: int) ->
 
 
 def _count_triton(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, impl: str) -> None:
-    if k is not None:
-        reference.count_labels_(counts, logits, target, k)
-        return
-    launch = pick("count", logits.shape[1], _runtime.arch(logits.device))
-    kernel_count.count_labels_(counts, logits, target, launch)
+    launch = pick("count" if k is None else "count largest", logits.shape[1], _runtime.arch(logits.device))
+    kernel_count.count_labels_(counts, logits, target, launch, k)
 
 
 class Flags(NamedTuple):

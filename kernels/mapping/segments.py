@@ -25,6 +25,8 @@ an entry of the map for every ROWS samples, and for the backward 4 B T. At B=655
 FLOPs: about 5 an entry; bound by bytes, and by gathers from the L1 cache where classes are long.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -67,13 +69,19 @@ def extended(m, rest, x):
 
 
 @triton.jit
-def row_sum(row, live, sources, stride_s, SOURCES: tl.constexpr, ROWS: tl.constexpr):
+def row_sum(
+    scores_ptr, b, live, stride_b, stride_s,
+    SOURCES: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """(m, log of the sum of exp(x - m)) [ROWS, 1] of whole rows of the scores."""
     m = tl.full([ROWS, 1], float("-inf"), tl.float32)
     rest = tl.full([ROWS, 1], -1.0, tl.float32)
-    for start in range(0, sources, SOURCES):
-        s = (start + tl.arange(0, SOURCES)).to(tl.int64)[None, :]
-        x = tl.load(row + s * stride_s, mask=live & (s < sources), other=float("-inf")).to(tl.float32)
+    for start in range(0, SOURCES, COLUMNS):
+        s = (start + tl.arange(0, COLUMNS))[None, :]
+        offset = b * stride_b + s.to(tl.int64) * stride_s
+        if VECTOR > 1:
+            offset = tl.max_contiguous(tl.multiple_of(offset, [1, VECTOR]), [1, VECTOR])  # by stride_b
+        x = tl.load(scores_ptr + offset, mask=live & (s < SOURCES), other=float("-inf")).to(tl.float32)
         m, rest = extended(m, rest, x)
     return m, tl.where(m == float("inf"), float("nan"), log1p(rest))
 
@@ -108,15 +116,15 @@ def log_prior(prior_ptr, s, known, stride_prior, PROBABILITIES: tl.constexpr):
 
 @triton.jit
 def entries(
-    row, members_ptr, prior_ptr, live, first, stop, m, logsum, j, sources, stride_s, stride_prior,
-    PROBABILITIES: tl.constexpr, ENTRIES: tl.constexpr,
+    row, members_ptr, prior_ptr, live, first, stop, m, logsum, j, stride_s, stride_prior,
+    SOURCES: tl.constexpr, PROBABILITIES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """(x, place in the class, there?) of ENTRIES entries from the j-th on of every class: [ROWS, CLASSES, ENTRIES]."""
     place = j + tl.arange(0, ENTRIES)[None, None, :]
     at = first[:, :, None] + place
     there = at < stop[:, :, None]
     s = tl.load(members_ptr + at, mask=there, other=-1)
-    known = (s >= 0) & (s < sources)
+    known = (s >= 0) & (s < SOURCES)
     x = tl.load(row[:, :, None] + s * stride_s, mask=known & live[:, :, None], other=0.0).to(tl.float32)
     if PROBABILITIES:
         x = (x - m[:, :, None]) - logsum[:, :, None]
@@ -127,8 +135,8 @@ def entries(
 
 @triton.jit
 def reduced(
-    row, members_ptr, weights_ptr, prior_ptr, live, first, stop, m, logsum, longest, k, sources, stride_s, stride_prior,
-    REDUCE: tl.constexpr, PROBABILITIES: tl.constexpr, ONCE: tl.constexpr,
+    row, members_ptr, weights_ptr, prior_ptr, live, first, stop, m, logsum, longest, k, stride_s, stride_prior,
+    SOURCES: tl.constexpr, REDUCE: tl.constexpr, PROBABILITIES: tl.constexpr, ONCE: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """(z, place of the last entry taken by max and top-k mean) of a tile of samples and classes [ROWS, CLASSES]."""
@@ -145,8 +153,8 @@ def reduced(
             value_at = tl.full([ROWS, CLASSES], -1, tl.int32)
             for j in range(0, ENTRIES if ONCE else longest, ENTRIES):
                 x, place, there = entries(
-                    row, members_ptr, prior_ptr, live, first, stop, m, logsum, j, sources, stride_s, stride_prior,
-                    PROBABILITIES, ENTRIES,
+                    row, members_ptr, prior_ptr, live, first, stop, m, logsum, j, stride_s, stride_prior,
+                    SOURCES, PROBABILITIES, ENTRIES,
                 )  # fmt: skip
                 left = there & after(x, place, last[:, :, None], picked[:, :, None])
                 nan = left & (x != x)
@@ -173,8 +181,8 @@ def reduced(
     else:
         for j in range(0, ENTRIES if ONCE else longest, ENTRIES):
             x, place, there = entries(
-                row, members_ptr, prior_ptr, live, first, stop, m, logsum, j, sources, stride_s, stride_prior,
-                PROBABILITIES, ENTRIES,
+                row, members_ptr, prior_ptr, live, first, stop, m, logsum, j, stride_s, stride_prior,
+                SOURCES, PROBABILITIES, ENTRIES,
             )  # fmt: skip
             weight = tl.full([1, 1, 1], 1.0, tl.float32)
             if REDUCE == "weighted":
@@ -204,12 +212,13 @@ def reduced(
 def reduce_segments_kernel(
     scores_ptr, members_ptr, starts_ptr, weights_ptr, map_ptr, prior_ptr, target_ptr, weight_ptr,
     out_ptr, kept_ptr, picked_ptr, source_sum_ptr, slope_ptr, losses_ptr, totals_ptr,
-    batch, sources, classes, maps, longest, k, turns,
+    batch, classes, maps, longest, k, turns,
     stride_b, stride_s, stride_map, stride_prior, stride_target, stride_weight,
     smoothing, focal, ignore_index,
-    REDUCE: tl.constexpr, PROBABILITIES: tl.constexpr, LOSS: tl.constexpr, RENORMALIZE: tl.constexpr,
-    SMOOTH: tl.constexpr, FOCAL: tl.constexpr, TOTAL: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, ENTRIES: tl.constexpr, SOURCES: tl.constexpr,
+    SOURCES: tl.constexpr, VECTOR: tl.constexpr, REDUCE: tl.constexpr, PROBABILITIES: tl.constexpr,
+    LOSS: tl.constexpr, RENORMALIZE: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, TOTAL: tl.constexpr,
+    ONCE: tl.constexpr, ALONE: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`turns` times ROWS samples, and all classes of them; without loss or probabilities only CLASSES of them.
 
@@ -235,7 +244,7 @@ def reduce_segments_kernel(
         m = tl.zeros([ROWS, 1], tl.float32)
         logsum = tl.zeros([ROWS, 1], tl.float32)
         if PROBABILITIES:
-            m, logsum = row_sum(row, live, sources, stride_s, SOURCES, ROWS)
+            m, logsum = row_sum(scores_ptr, b, live, stride_b, stride_s, SOURCES, VECTOR, ROWS, COLUMNS)
             if source_sum_ptr is not None:
                 tl.store(source_sum_ptr + b * 2, m, mask=live)
                 tl.store(source_sum_ptr + b * 2 + 1, logsum, mask=live)
@@ -254,8 +263,8 @@ def reduce_segments_kernel(
             if REDUCE == "first":
                 stop = tl.minimum(stop, first + 1)
             z, picked = reduced(
-                row, members_ptr, weights_ptr, prior_ptr, live, first, stop, m, logsum, longest, k, sources, stride_s,
-                stride_prior, REDUCE, PROBABILITIES, ONCE, ROWS, CLASSES, ENTRIES,
+                row, members_ptr, weights_ptr, prior_ptr, live, first, stop, m, logsum, longest, k, stride_s, stride_prior,
+                SOURCES, REDUCE, PROBABILITIES, ONCE, ROWS, CLASSES, ENTRIES,
             )  # fmt: skip
             z = tl.where(known, z, float("nan"))
             to = b * classes + t
@@ -294,7 +303,7 @@ def reduce_segments_kernel(
                         z = tl.load(kept_ptr + b * classes + t, mask=live & there, other=0.0)
                     w = tl.full([1, CLASSES], 1.0, tl.float32)
                     if weight_ptr is not None:
-                        w = tl.load(weight_ptr + t * stride_weight, mask=there, other=0.0).to(tl.float32)
+                        w = tl.load(weight_ptr + t.to(tl.int64) * stride_weight, mask=there, other=0.0).to(tl.float32)
                     w = tl.where(there, w, 0.0)
                     all_w += tl.sum(w, axis=1)[:, None]
                     smooth -= tl.sum(tl.where(there, w * ((z - top) - log_rest), 0.0), axis=1)[:, None]
@@ -331,7 +340,7 @@ def reduce_segments_kernel(
                     if SMOOTH:
                         w = tl.full([1, CLASSES], 1.0, tl.float32)
                         if weight_ptr is not None:
-                            w = tl.load(weight_ptr + t * stride_weight, mask=there, other=0.0).to(tl.float32)
+                            w = tl.load(weight_ptr + t.to(tl.int64) * stride_weight, mask=there, other=0.0).to(tl.float32)
                         slope = (1.0 - smoothing) * slope + smoothing / classes * (q * all_w - w)
                     if FOCAL:
                         slope = keep * slope + fall * miss
@@ -365,6 +374,12 @@ def total_loss_kernel(parts_ptr, loss_ptr, divisor_ptr, count, MEAN: tl.constexp
         total = total / divisor
         tl.store(divisor_ptr, divisor)
     tl.store(loss_ptr, total)
+
+
+def vector_of(scores):
+    """How many neighbouring sources of a row may be loaded together."""
+    stride_b, stride_s = scores.stride()
+    return math.gcd(stride_b, 16) if stride_s == 1 else 1
 
 
 def simplest(reduce, seg, k):
@@ -423,13 +438,13 @@ def reduce_segments(
         reduce_segments_kernel[(programs,)](
             scores, seg.members, seg.starts, seg.weights if reduce == "weighted" else None, map_id, prior, target, weight,
             given(out), given(kept), given(picked), given(source_sum), given(slope), given(losses), given(parts),
-            batch, sources, classes, seg.num_maps, longest, k, launch.turns,
+            batch, classes, seg.num_maps, longest, k, launch.turns,
             *scores.stride(), *(t.stride(0) if t is not None else 0 for t in (map_id, prior, target, weight)),
             float(smoothing), float(focal), ignore_index,
-            REDUCE=reduce, PROBABILITIES=probabilities, LOSS=loss, RENORMALIZE=renormalize,
-            SMOOTH=smoothing != 0, FOCAL=focal != 0, TOTAL=total if programs == 1 else "part" if total else "",
-            ONCE=longest <= launch.ENTRIES, ALONE=alone,
-            ROWS=launch.ROWS, CLASSES=launch.CLASSES, ENTRIES=launch.ENTRIES, SOURCES=launch.SOURCES,
+            SOURCES=sources, VECTOR=vector_of(scores), REDUCE=reduce, PROBABILITIES=probabilities, LOSS=loss,
+            RENORMALIZE=renormalize, SMOOTH=smoothing != 0, FOCAL=focal != 0,
+            TOTAL="part" if total and programs > 1 else total, ONCE=longest <= launch.ENTRIES, ALONE=alone,
+            ROWS=launch.ROWS, CLASSES=launch.CLASSES, ENTRIES=launch.ENTRIES, COLUMNS=launch.COLUMNS,
             num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     if total and programs > 1:
