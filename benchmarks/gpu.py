@@ -30,9 +30,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported
 
 import torch
 
-from benchmarks import attention, perturbation, suite, timing
+from benchmarks import attention, mapping, perturbation, suite, timing
+from fastprompt import functional
 from fastprompt.ops import attention as attention_ops
+from fastprompt.ops import mapping as mapping_ops
 from fastprompt.ops import perturbation as perturbation_ops
+from fastprompt.tuning import mapping as mapping_tuning
 from fastprompt.tuning.attention import Tile
 from fastprompt.tuning.perturbation import Launch
 
@@ -55,7 +58,9 @@ def _shapes(device: torch.device, dry: bool) -> list[suite.Case]:
     for causal, heads in ((True, (8, 2)), (False, (6, 6))):
         make.append(attention.shared("attention", 2, heads, length, length, 20, 64, dtype, ("both",), causal=causal))
     make.append(attention.shared("decode", 8, (8, 2), 1, length, 40, 64, dtype, ("both",)))
-    return [case for cases in make for case in cases]
+    make.append(mapping.mapped_loss(batch, 1000, 10, dtype))
+    make += [mapping.many_to_one(batch, 1000, 10, 100, reduce, dtype) for reduce in ("mean", "probabilities", "top-3 mean")]
+    return [case for cases in make for case in cases if case.mode == "both"]
 
 
 def _inputs(case: suite.Case, device: torch.device) -> suite.Inputs:
@@ -70,8 +75,8 @@ def check_answers(device: torch.device, dry: bool) -> dict[str, float]:
     """Every case of the battery in float32, float16 and bfloat16 against float64."""
     errors = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        cases = perturbation.cases(device, dtype) + attention.cases(device, dtype)
-        for case in [case for case in cases if not dry or case.name in ("demo size", "series", "CoOp")]:
+        cases = [case for family in (perturbation, attention, mapping) for case in family.cases(device, dtype)]
+        for case in [case for case in cases if not dry or case.name in ("demo size", "series", "CoOp") or " B=32 " in case.title]:
             inputs = _inputs(case, device)
             truth = suite.truth_of(case, inputs)
             found = suite.error(suite.bind(_ours(case), case, inputs)(), truth, case.mode)
@@ -102,8 +107,8 @@ def check_graph(device: torch.device, dry: bool) -> dict[str, int]:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 captured = call()
             with torch.no_grad():
-                inputs["g"].copy_(inputs["g"].flip(0))
-                inputs["prompt" if "prompt" in inputs else "prefix_k"].mul_(0.5)
+                inputs["g"].mul_(2)
+                next(inputs[name] for name in ("prompt", "prefix_k", "logits") if name in inputs).mul_(0.5)
             graph.replay()
             assert all(map(torch.equal, captured, call())), f"{case.title}: the replay differs"
     return {"graphs": len(_shapes(device, dry))}
@@ -134,8 +139,28 @@ def _no_syncs(device: torch.device) -> Iterator[None]:
 def check_host_cost(device: torch.device, dry: bool) -> dict[str, float]:
     """Host microseconds a call, on inputs so small that the device is never waited for."""
     count = 20 if dry else 1000
-    calls = perturbation.host_calls(device)
+    calls = perturbation.host_calls(device) | _loss_calls(device)
     return {name: round(timing.host_cost(call, count, device) * 1e6, 2) for name, call in calls.items()}
+
+
+def _loss_calls(device: torch.device) -> dict[str, timing.Call]:
+    """A mapped loss, by an index and by segments."""
+    labels = functional.segments([[t, t + 10] for t in range(10)], 20).to(device)
+    logits, y = torch.randn(8, 20, device=device).requires_grad_(), torch.arange(8, device=device)
+    plain = logits.detach()
+    index = labels.members[:10]
+
+    def step(form: Any) -> Any:
+        return lambda: torch.autograd.grad(functional.mapped_cross_entropy(logits, form, y), logits)
+
+    return {
+        "map, index": lambda: functional.map_labels(plain, index),
+        "map, segments": lambda: functional.map_labels(plain, labels),
+        "loss, index": lambda: functional.mapped_cross_entropy(plain, index, y),
+        "loss, segments": lambda: functional.mapped_cross_entropy(plain, labels, y),
+        "loss and gradient, index": step(index),
+        "loss and gradient, segments": step(labels),
+    }
 
 
 COLD = """
@@ -204,6 +229,14 @@ LAUNCHES = [Launch(block, samples, 16, warps) for block, warps in _TILES for sam
 LAUNCHES += [Launch(1024, 2, chunk, 4) for chunk in (8, 32)]
 TILES = [Tile(r, c, w, s) for r, c, w in ((64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8), (32, 64, 4)) for s in (2, 3)]
 
+_FORWARD = [{"ROWS": r, "ENTRIES": e, "num_warps": w, "turns": 1} for r, e, w in (
+    (1, 64, 4), (2, 32, 4), (4, 16, 4), (4, 32, 4), (8, 8, 4), (8, 16, 4), (8, 16, 8), (16, 8, 4), (32, 4, 4), (32, 2, 4),
+)]  # fmt: skip
+_GRADIENT = [{"ROWS": r, "COLUMNS": c, "num_warps": w, "turns": n} for r, c, w, n in (
+    (1, 1024, 4, 4), (1, 1024, 4, 8), (1, 1024, 4, 32), (1, 1024, 8, 16), (2, 1024, 4, 8), (4, 512, 4, 8), (4, 1024, 8, 8),
+)]  # fmt: skip
+SEGMENTS = {"forward": _FORWARD, "gradient": _GRADIENT}
+
 
 def sweep(device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
     """Times launch configurations on the goal shapes; the one in use is marked. Wrong answers are left out."""
@@ -221,6 +254,11 @@ def sweep(device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
     for case in [case for cases in make for case in cases]:
         kernels = ("query",) if case.mode == "forward" else ("query", "own", "prefix")
         plans.append((case, [(f"{kernel} {_label(tile)}", _tiled(kernel, tile)) for kernel in kernels for tile in TILES]))
+    make = [mapping.many_to_one(256 * batch, 1000, 10, 100, reduce, dtype) for reduce in ("mean", "probabilities")]
+    make.append(mapping.mapped_loss(256 * batch, 1000, 10, dtype)[1:])  # forward there is one entry to read
+    for case in [case for cases in make for case in cases]:
+        kernel = "forward" if case.mode == "forward" else "gradient"
+        plans.append((case, [(f"{kernel} {_label(change)}", _segmented(kernel, change)) for change in SEGMENTS[kernel]]))
     start, report = time.perf_counter(), {}
     for place, (case, choices) in enumerate(plans):
         share = start + seconds * (place + 1) / len(plans)
@@ -248,24 +286,26 @@ def sweep(device: torch.device, dry: bool, seconds: float) -> dict[str, Any]:
     return report
 
 
-def _label(launch: Launch | Tile) -> str:
+def _label(launch: Launch | Tile | dict[str, int]) -> str:
+    if isinstance(launch, dict):
+        return " ".join(f"{name.lower()} {size}" for name, size in launch.items())
     if isinstance(launch, Tile):
         return f"{launch.ROWS}x{launch.COLUMNS} warps {launch.num_warps} stages {launch.num_stages}"
     return f"{launch.BLOCK}x{launch.SAMPLES} chunk {launch.chunk} warps {launch.num_warps}"
 
 
-def _with_pick(ops: Any, change: Callable[..., Any]) -> Callable[[timing.Call], timing.Call]:
+def _with_pick(ops: Any, change: Callable[..., Any], name: str = "pick") -> Callable[[timing.Call], timing.Call]:
     """Calls during which `change(pick, ...)` chooses the launch."""
 
     def choose(call: timing.Call) -> timing.Call:
-        original = ops.pick
+        original = getattr(ops, name)
 
         def run() -> Any:
-            ops.pick = partial(change, original)
+            setattr(ops, name, partial(change, original))
             try:
                 return call()
             finally:
-                ops.pick = original
+                setattr(ops, name, original)
 
         return run
 
@@ -280,6 +320,16 @@ def _launched(kernel: str, launch: Launch) -> Callable[[timing.Call], timing.Cal
 def _tiled(kernel: str, tile: Tile) -> Callable[[timing.Call], timing.Call]:
     """With another tile of one attention kernel."""
     return _with_pick(attention_ops, lambda pick, *shape, **facts: replace(pick(*shape, **facts), **{kernel: tile}))
+
+
+def _segmented(kernel: str, change: dict[str, int]) -> Callable[[timing.Call], timing.Call]:
+    """With another tile of one of the kernels for segments."""
+
+    def changed(pick: Callable[..., mapping_tuning.Tile], name: str, **facts: Any) -> mapping_tuning.Tile:
+        tile = pick(name, **facts)
+        return replace(tile, **change) if name == kernel else tile
+
+    return _with_pick(mapping_ops, changed, "pick_segments")
 
 
 # ---- All parts ----

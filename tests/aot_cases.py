@@ -6,9 +6,11 @@ import itertools
 
 import torch
 
+from fastprompt.functional import segments as segments_of
 from fastprompt.ops import mapping as mapping_ops
 from fastprompt.ops import perturbation as ops
 from fastprompt.tuning import attention as attention_tuning
+from fastprompt.tuning.mapping import pick_segments
 
 
 def perturbation() -> None:
@@ -56,8 +58,11 @@ def _launch(s, x, prompt, mask, cells, index) -> None:
         ops._image_gradient_triton(out, kept, prompt, mask, cells, index, norm, x.shape[2:], x.dtype, s)
 
 
-def mapping() -> None:
-    """Wide and narrow tiles; rows that allow 16-byte accesses and rows that do not."""
+def mapping(arch: str, whole: bool) -> None:
+    """Wide and narrow tiles; rows that allow 16-byte accesses and rows that do not. Segments: plain ones, and every option.
+
+    whole: every reduction, with several maps too, more classes than a tile, and short and long lists.
+    """
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     shapes = ((1024, 128), (997, 1), (10, 10), (1, 1))
     for dtype, (sources, targets) in [(dtype, (1000, 10)) for dtype in dtypes] + [(dtypes[2], shape) for shape in shapes]:
@@ -65,10 +70,62 @@ def mapping() -> None:
         out, readers = mapping_ops._forward_triton(logits, index, True)
         mapping_ops._gradient_triton(out, index, readers, sources)
         counts = torch.zeros((sources, targets), dtype=torch.int64)
-        mapping_ops._count_triton(counts, logits, torch.zeros(256, dtype=torch.int64), "triton")
+        mapping_ops._count_triton(counts, logits, torch.zeros(256, dtype=torch.int64), None, "triton")
     columns = torch.zeros(64, 256, dtype=torch.bfloat16).T  # neighbouring sources lie far apart
     mapping_ops._forward_triton(columns, torch.zeros(10, dtype=torch.int64), False)
-    mapping_ops._count_triton(torch.zeros((64, 10), dtype=torch.int64), columns, torch.zeros(256, dtype=torch.int64), "triton")
+    target = torch.zeros(256, dtype=torch.int64)
+    mapping_ops._count_triton(torch.zeros((64, 10), dtype=torch.int64), columns, target, None, "triton")
+    for sources in (1000, 32157):  # a row in one tile and in many
+        logits, counts = torch.empty((256, sources), dtype=dtypes[2]), torch.empty((sources, 10), dtype=torch.int64)
+        mapping_ops._count_triton(counts, logits, target, 3, "triton")
+
+    groups = [list(range(100 * t, 100 * t + 100)) for t in range(10)]
+    single = [[t] for t in range(10)]
+    overlapping = [list(range(t, t + 50)) for t in range(10)]
+    mean = {"loss": True, "reduction": "mean"}
+    everything = mean | {"renormalize": False, "smoothing": 0.1, "focal": 2.0, "several": True, "probabilities": True}
+    segments(arch, 65536, 1000, groups, "mean", **mean)
+    segments(arch, 65536, 1000, groups, "sum", probabilities=True, **mean)
+    segments(arch, 256, 1000, single, "mean", **mean)
+    segments(arch, 4096, 1000, overlapping, "top-k mean", **everything)
+    segments(arch, 4096, 1000, groups, "logsumexp")
+    if not whole:
+        return
+    for dtype in (torch.float32, torch.float16):
+        segments(arch, 4096, 1000, groups, "mean", dtype=dtype, probabilities=True, **mean)
+    for reduce in ("sum", "max", "first", "weighted", "top-k mean"):
+        segments(arch, 4096, 997, overlapping, reduce)
+        segments(arch, 4096, 1000, groups, reduce, probabilities=True)
+        segments(arch, 256, 8192, overlapping, reduce, **everything)
+    segments(arch, 4096, 1000, overlapping, "logsumexp", dtype=torch.float32, several=True, **mean)
+    for loss in ({}, mean, everything):
+        segments(arch, 4096, 32000, [[4 * t + j for j in range(4)] for t in range(2000)], "mean", **loss)
+        segments(arch, 65536, 1000, [[t] for t in range(1000)], "mean", **loss)
+        segments(arch, 1, 1000, groups, "sum", **loss)
+    segments(arch, 4096, 1000, groups, "mean", loss=True, reduction="none", smoothing=0.1, focal=0.5)
+
+
+def segments(  # type: ignore[no-untyped-def]
+    arch: str, batch: int, sources: int, classes: list[list[int]], reduce: str, *, several: bool = False,
+    dtype: torch.dtype = torch.bfloat16, loss: bool = False, probabilities: bool = False, renormalize: bool = True, **options,
+) -> None:  # fmt: skip
+    """A map of these lists forward and backward; several: one of many maps for each sample, a prior and class weights."""
+    from fastprompt.kernels.mapping.segments import reduce_segments
+    from fastprompt.kernels.mapping.segments_backward import reduce_segments_gradient
+
+    weights = [[1.0] * len(members) for members in classes] if reduce == "weighted" else None
+    seg = segments_of(classes, sources, weights=weights)
+    scores, labels = torch.empty((batch, sources), dtype=dtype), torch.zeros(batch, dtype=torch.int64)
+    given = [scores, seg, labels if several else None, torch.ones(sources) if several else None, labels if loss else None]
+    flags = {"reduce": reduce, "k": 3, "probabilities": probabilities, "loss": loss, "renormalize": renormalize}
+    facts = {
+        "batch": batch, "sources": sources, "classes": len(classes), "longest": 1 if reduce == "first" else seg.longest,
+        "probabilities": probabilities, "loss": loss, "arch": arch,
+    }  # fmt: skip
+    weight = torch.ones(len(classes)) if several else None
+    out, _, *kept = reduce_segments(*given, weight, **flags, **options, launch=pick_segments("forward", **facts))
+    g = torch.ones(()) if loss else torch.empty((batch, len(classes)), dtype=dtype)
+    reduce_segments_gradient(g, *given, out, *kept, **flags, launch=pick_segments("gradient", **facts))
 
 
 def attention(arch: str, whole: bool) -> None:
@@ -124,5 +181,5 @@ def attention(arch: str, whole: bool) -> None:
 
 def launch_all(arch: str, whole: bool) -> None:
     perturbation()
-    mapping()
+    mapping(arch, whole)
     attention(arch, whole)

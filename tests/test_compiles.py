@@ -16,7 +16,10 @@ from tests.aot import SHARED_LIMIT, TARGETS
 from tests.conftest import HAS_TRITON
 
 ROOT = Path(__file__).parent.parent
-GRADIENTS = ("prompt_gradient", "prompt_gradient_sum", "image_gradient", "cells_gradient", "map_labels_gradient")
+GRADIENTS = (
+    "prompt_gradient", "prompt_gradient_sum", "image_gradient", "cells_gradient", "map_labels_gradient", "reduce_segments",
+    "reduce_segments_gradient", "total_loss",
+)  # fmt: skip
 ATTENTION = ("forward", "query_gradient", "own_gradient", "prefix_gradient")  # what walks over keys or queries
 FEW = ("attention_forward_kernel", "attention_query_gradient_kernel")  # 16 queries are too few rows for wgmma
 
@@ -86,6 +89,8 @@ def test_accesses_are_wide(target):
     assert all(widths == [16] for widths in stores), stores
     loads = [row["wide"]["ld"] for row in table(target) if row["name"] == "prompt_gradient_kernel"]
     assert sum(16 in widths for widths in loads) > 0.7 * len(loads), loads
+    stores = [row["wide"]["st"] for row in table(target) if row["name"] == "reduce_segments_gradient_kernel"]
+    assert sum(widths == [16] for widths in stores) > 0.7 * len(stores), stores
 
 
 def test_attention_reads_wide_and_multiplies_on_the_tensor_cores(target):

@@ -206,7 +206,7 @@ def test_the_kernels_turn_an_index_out_of_range_into_nan(wrong, device):
 def test_an_index_out_of_range_is_an_error_where_values_are_looked_at(device, monkeypatch):
     monkeypatch.setenv("FASTPROMPT_CHECK", "1")
     for wrong in (-1, 5, 2**31, 2**40, -(2**63)):
-        with pytest.raises(ValueError, match=rf"index: expected values from 0 to 4, got \[{wrong}\]"):
+        with pytest.raises(ValueError, match=rf"labels: expected values from 0 to 4, got \[{wrong}\]"):
             map_labels(rand(2, 5).to(device), torch.tensor([0, wrong], device=device))
 
 
@@ -551,13 +551,13 @@ ONE, COUNTS, TARGET = torch.zeros(2, 5), torch.zeros(5, 3, dtype=torch.int64), t
 @pytest.mark.parametrize(
     ("call", "error", "sentence"),
     [
-        (lambda: map_labels(ONE.long(), TARGET), TypeError, "logits: expected a floating point dtype, got torch.int64"),
-        (lambda: map_labels(ONE[0], TARGET), ValueError, r"logits: expected \[B, S\] .*, got \[5\]"),
+        (lambda: map_labels(ONE.long(), TARGET), TypeError, "scores: expected a floating point dtype, got torch.int64"),
+        (lambda: map_labels(ONE[0], TARGET), ValueError, r"scores: expected \[B, S\] .*, got \[5\]"),
         (lambda: map_labels(ONE[:, :0], TARGET), ValueError, "at least one source class"),
-        (lambda: map_labels(ONE, TARGET.int()), TypeError, "index: expected int64, got torch.int32"),
-        (lambda: map_labels(ONE, TARGET[None]), ValueError, r"index: expected \[T\], got \[1, 2\]"),
-        (lambda: map_labels(ONE, TARGET.to("meta")), ValueError, "index: expected a tensor on cpu"),
-        (lambda: map_labels(ONE, TARGET + 4), ValueError, r"index: expected values from 0 to 4, got \[5\]"),
+        (lambda: map_labels(ONE, TARGET.int()), TypeError, "labels: expected int64 or a floating point matrix, got torch.int32"),
+        (lambda: map_labels(ONE, TARGET[None]), ValueError, r"labels: expected \[T\], got \[1, 2\]"),
+        (lambda: map_labels(ONE, TARGET.to("meta")), ValueError, "labels: expected a tensor on cpu"),
+        (lambda: map_labels(ONE, TARGET + 4), ValueError, r"labels: expected values from 0 to 4, got \[5\]"),
         (lambda: map_labels(ONE, TARGET, impl="fast"), ValueError, "impl: expected one of"),
         (lambda: count_labels_(COUNTS, ONE.long(), TARGET), TypeError, "logits: expected a floating point dtype"),
         (lambda: count_labels_(COUNTS.int(), ONE, TARGET), TypeError, "counts: expected int64"),
@@ -584,7 +584,7 @@ ONE, COUNTS, TARGET = torch.zeros(2, 5), torch.zeros(5, 3, dtype=torch.int64), t
         (lambda: LabelMap(3, 2, "best"), ValueError, "method: expected one of random, frequent, iterative, got 'best'"),
         (lambda: LabelMap(3, 2, "random", refresh_every=1), ValueError, "refresh_every: expected"),
         (lambda: LabelMap(3, 2, refresh_every=0), ValueError, "refresh_every: expected at least 1"),
-        (lambda: LabelMap(3, 2)(ONE[:, :2]), ValueError, "index: expected values from 0 to 1"),
+        (lambda: LabelMap(3, 2)(ONE[:, :2]), ValueError, "labels: expected values from 0 to 1"),
     ],
 )
 def test_bad_input_is_a_sentence(call, error, sentence):

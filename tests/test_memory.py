@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastprompt import _runtime
+from fastprompt.tuning.mapping import Launch
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 pytestmark = pytest.mark.skipif(HAS_GPU or not HAS_TRITON or os.name != "posix", reason="needs the interpreter")
@@ -39,7 +40,7 @@ def run_apart(job: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("edge", ["end", "start", "attention end", "attention start"])
+@pytest.mark.parametrize("edge", ["end", "start", "attention end", "attention start", "mapping end", "mapping start"])
 def test_nothing_is_touched_beyond_any_tensor(edge):
     """Every pointer of every kernel, read or written, with a forbidden page behind it or in front of it."""
     done = run_apart(edge)
@@ -62,6 +63,7 @@ def test_the_guard_page_kills(job):
         "gradient prompts",
         "far output",
         "far attention",
+        "far mapping",
     ],
 )
 def test_offsets_beyond_32_bits(job):
@@ -206,6 +208,32 @@ def touch_attention(edge: str) -> None:
     print("guarded", len(seen), "pointers")
 
 
+def touch_mapping(edge: str) -> None:
+    from fastprompt.kernels.mapping import count, segments, segments_backward
+    from tests.test_mapping_kernels import RAGGED, SHARED, TURNS, WHOLE, Case, operands, run
+
+    seen = guard_every_launch(edge)
+    every = {"batch": 5, "maps": (RAGGED, SHARED), "prior": True, "layout": "sliced"}
+    loss = {"loss": {"smoothing": 0.1, "focal": 2.0}, "class_weight": True}
+    cases = [
+        Case("top-k mean", "probabilities", **every, **loss),
+        Case("weighted", "probabilities", **every, tile=TURNS),
+        Case("logsumexp", dtype=torch.bfloat16, tile=WHOLE),
+        Case("max", **loss, layout="transposed"),
+        Case("mean", "probabilities", batch=5, loss={"renormalize": False, "reduction": "none"}),
+    ]
+    for case in cases:
+        run(case, operands(case, torch.device("cpu")))
+    for launch in (Launch(2, 8, 4), Launch(4, 32, 4)):
+        for k in (None, 3):
+            target, counts = torch.arange(7) % 3, torch.zeros(19, 3, dtype=torch.int64)
+            count.count_labels_(counts, torch.randn(7, 19).half(), target, launch, k)
+    pointers = kernel_pointers(segments, segments_backward, count)
+    assert len({name for name, _ in pointers}) == 5, sorted(pointers)
+    assert pointers <= seen, sorted(pointers - seen)
+    print("guarded", len(seen), "pointers")
+
+
 def kernel_pointers(*modules: ModuleType) -> set[tuple[str, str]]:
     """The (kernel, pointer argument) pairs of some kernel files."""
     return {
@@ -294,6 +322,38 @@ def reach_attention() -> None:
                 got = dict(zip(("out", "lse"), forward(case, far), strict=True)) | backward(case, far, far["g"], None)
                 for result in want:
                     check_bits(got[result], want[result], f"{result}, far {name}")
+    print("same bits")
+
+
+def reach_mapping() -> None:
+    """Every operand of a map and its loss with its samples, sources or classes that far apart."""
+    from fastprompt.kernels.mapping.count import count_labels_
+    from tests.compare import check_bits
+    from tests.test_mapping_kernels import RAGGED, SHARED, Case, operands, run
+
+    loss = {"loss": {"reduction": "none", "smoothing": 0.1}, "class_weight": True}
+    cases = [
+        Case("top-k mean", "probabilities", (RAGGED, SHARED), prior=True, **loss),
+        Case("logsumexp", maps=(RAGGED, SHARED), batch=2),
+    ]
+    for case in cases:
+        held = operands(case, torch.device("cpu"))
+        want = run(case, held)
+        for name in ("scores", "g", "map_id", "prior", "target", "weight"):
+            near = held[name]
+            for dim in range(near.dim() if near is not None else 0):
+                strides = list(near.stride())
+                strides[dim] = 2**31 // (near.shape[dim] - 1) + 64  # the last one is beyond 2**31
+                far = sparse(tuple(near.shape), tuple(strides), near.dtype).copy_(near)
+                for got, was in zip(run(case, held | {name: far}), want, strict=True):
+                    check_bits(got, was, f"far {name} {dim}")
+    logits, target = torch.randn(3, 9), torch.tensor([1, 0, 1])
+    want_counts = torch.zeros(9, 2, dtype=torch.int64)
+    count_labels_(want_counts, logits, target, Launch(2, 8, 4), 2)
+    for strides in ((2**30 + 64, 1), (1, 2**28 + 64)):
+        counts = torch.zeros_like(want_counts)
+        count_labels_(counts, sparse((3, 9), strides, torch.float32).copy_(logits), target, Launch(2, 8, 4), 2)
+        check_bits(counts, want_counts, "counts")
     print("same bits")
 
 
@@ -387,6 +447,10 @@ if __name__ == "__main__":
         overrun(job.split()[-1])
     elif job == "far attention":
         reach_attention()
+    elif job.startswith("mapping "):
+        touch_mapping(job.split()[-1])
+    elif job == "far mapping":
+        reach_mapping()
     elif job == "far output":
         write_far()
     else:

@@ -5,16 +5,40 @@
 """
 
 from fastprompt.functional.attention import prefix_attention
-from fastprompt.functional.mapping import count_labels_, map_labels, match_labels
+from fastprompt.functional.mapping import (
+    COUNT_UNIT,
+    LabelColumns,
+    Segments,
+    bayesian_matrix,
+    count_labels_,
+    fold,
+    label_columns,
+    label_head,
+    map_labels,
+    mapped_cross_entropy,
+    match_labels,
+    segments,
+    stack_maps,
+)
 from fastprompt.functional.perturbation import Normalization, normalization, perturb, scale_image
 
 __all__ = [
+    "COUNT_UNIT",
+    "LabelColumns",
     "Normalization",
+    "Segments",
+    "bayesian_matrix",
     "count_labels_",
+    "fold",
+    "label_columns",
+    "label_head",
     "map_labels",
+    "mapped_cross_entropy",
     "match_labels",
     "normalization",
     "perturb",
     "prefix_attention",
     "scale_image",
+    "segments",
+    "stack_maps",
 ]
