@@ -23,7 +23,7 @@ FAMILIES = ("perturbation", "embedding", "attention", "mapping")
 # A module may import what stands lower, and its own group. "" is the package itself.
 RANK = {
     "_runtime": 0, "taxonomy": 0, "checkpoint": 0,
-    "kernels": 1, "reference": 1, "tuning": 1,
+    "kernels": 1, "reference": 1, "tuning": 1, "answers": 1,
     "ops": 2,
     "functional": 3,
     "nn": 4, "hoist": 4,
