@@ -162,7 +162,7 @@ class Choice:
     def _expressions(self) -> list[re.Pattern[str]]:
         one = "|".join(self._written)
         before = rf"(?<!{_LETTER})(?<!\d[.,])"
-        after = rf"(?!{_LETTER}|[.,]\d|[+#]|['-]{_LETTER})"
+        after = rf"(?!{_LETTER}|[\u0300-\u036f]|[.,]\d|[+#]|['-]{_LETTER})"
         announced = rf"(?i:{before}answer{_FILLER}{{0,40}}{before}|\\boxed\s?\{{\s?(?:\\[a-z]{{1,9}}\{{)?)"
         if max(map(len, self.options)) > 1:
             parts = [rf"{announced}((?i:{one})){after}", rf"{before}((?i:{one})){after}"]
@@ -173,7 +173,7 @@ class Choice:
                 rf"{announced}((?:{one}){article}{after}|(?i:{one}){after}{ends})",
                 rf"(?<!{_LETTER})(?:[(\[{{<]|\*\*)\s?((?i:{one}))\s?(?:[)\]}}>]|\*\*)"
                 rf"|(?i:{before}(?:option|choice)[\s:=*(\[\"']{{1,4}})({one}){after}",
-                rf"^[ \t>*_\"'`]{{0,8}}((?i:{one}))(?:[.):](?!\w\.)|[ \t*_\"'`]{{0,8}}$)",
+                rf"^[ \t>*_\"'`]{{0,8}}((?i:{one}))(?:[.):](?!\w\.|\d)|[ \t*_\"'`]{{0,8}}$)",
                 rf"{before}(?<!\w\.)({one}){article}{after}",
             ]
         return [re.compile(part, re.MULTILINE) for part in parts]

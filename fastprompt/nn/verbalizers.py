@@ -129,7 +129,7 @@ class _OnHead(nn.Module):
 
 def _tensors(source: Any) -> tuple[Tensor, Tensor | None]:
     """Asked at every call: a module's parameters can be replaced."""
-    return (source.weight, source.bias) if isinstance(source, nn.Module) else source
+    return (source.weight, source.bias) if isinstance(source, nn.Linear) else source
 
 
 # ---- Fixed words ----
