@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -218,7 +219,7 @@ class Verbalizer(_OnHead):
         ids, texts = [], []
         for name, given in words.items():
             texts.append([given] if isinstance(given, str) else list(given))
-            ids.append([_encode(tokenizer, prefix + word, word, name, multi_token) for word in texts[-1]])
+            ids.append([_encode(tokenizer, prefix, word, name, multi_token) for word in texts[-1]])
         size = len(tokenizer) if num_tokens is None else num_tokens
         tokens = None if multi_token == "refuse" else multi_token
         _check_words(ids, size, tokens, list(words), texts)
@@ -243,19 +244,12 @@ class Verbalizer(_OnHead):
     def _place(self) -> None:
         device = self.log_prior.device
         flat = [word[:1] if self.tokens == "first" else word for each in self.words for word in each]
-        self._inner: Segments | None = None  # columns to words
-        with torch.device("cpu"):
-            sizes = torch.tensor([0, *map(len, self.words)])
-            classes = functional.segments((torch.arange(len(flat)), sizes.cumsum(0)), len(flat))
-            columns = torch.tensor([word[0] for word in flat])
-            if max(map(len, flat)) > 1:
-                distinct = sorted({token for word in flat for token in word})
-                columns, place = torch.tensor(distinct), {token: i for i, token in enumerate(distinct)}
-                parts = [sorted(set(word)) for word in flat]
-                shares = [[word.count(token) / len(word) for token in part] for word, part in zip(flat, parts, strict=True)]
-                inner = functional.segments([[place[t] for t in part] for part in parts], len(distinct), weights=shares)
-                self._inner = inner.to(device)
+        with torch.device("cpu"):  # a column for every token of every word
+            columns = torch.tensor([token for word in flat for token in word])
+            starts = [torch.tensor([0, *map(len, parts)]).cumsum(0) for parts in (self.words, flat)]
+            classes, inner = (functional.segments((torch.arange(int(s[-1])), s), int(s[-1])) for s in starts)
         self._columns, self._classes = columns.to(device), classes.to(device)
+        self._inner = inner.to(device) if inner.longest > 1 else None  # columns to words
         self._gathered = None
 
     # ---- The head ----
@@ -286,7 +280,7 @@ class Verbalizer(_OnHead):
         weight = weight.index_select(0, self._columns)
         bias = None if bias is None else bias.index_select(0, self._columns)
         if self._inner is not None and self.tokens == "mean":
-            return functional.fold(self._inner, weight, bias, reduce="weighted")
+            return functional.fold(self._inner, weight, bias, reduce="mean")
         return weight, bias
 
     # ---- Reading ----
@@ -309,7 +303,7 @@ class Verbalizer(_OnHead):
     def _reduce_tokens(self, scores: Tensor) -> Tensor:
         wide = torch.promote_types(scores.dtype, torch.float32)
         assert self._inner is not None
-        return functional.map_labels(scores.to(wide), self._inner, reduce="max" if self.tokens == "max" else "weighted")
+        return functional.map_labels(scores.to(wide), self._inner, reduce=self.tokens)
 
     def forward(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """hidden [B, d], [B, T, d] with rows [B], or [M, d] with rows [R] -> class scores [R, C], float32 at least.
@@ -339,11 +333,14 @@ class Verbalizer(_OnHead):
 
         The logarithm of the label words' total mass is the same for all classes of a row, so it is not computed.
         """
-        words, prior = self.word_logits(hidden, rows), self.log_prior
+        words = self.word_logits(hidden, rows)
+        given: dict[str, Any] = {"reduce": self._over_words, "of": self._of}
         if self.of == "probabilities":
-            wide = torch.promote_types(words.dtype, torch.float32)
-            words, prior = words.to(wide) - prior.to(wide), None
-        return functional.mapped_cross_entropy(words, self._labels(), target, reduce=self._over_words, of=self._of, prior=prior)
+            words = words.to(torch.promote_types(words.dtype, torch.float32))
+            words = words - self.log_prior.to(words.dtype)
+        else:
+            given["prior"] = self.log_prior
+        return functional.mapped_cross_entropy(words, self._labels(), target, **given)
 
     @property
     def _of(self) -> str:
@@ -419,10 +416,10 @@ def _name(names: Sequence[str] | None, c: int) -> str:
     return str(c) if names is None else repr(names[c])
 
 
-def _encode(tokenizer: Any, text: str, word: str, name: str, multi_token: str) -> list[int]:
+def _encode(tokenizer: Any, prefix: str, word: str, name: str, multi_token: str) -> list[int]:
     if not isinstance(word, str) or not word.strip():
         raise bad("words", f"words of text for class {name!r}", repr(word))
-    ids = [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+    ids = [int(token) for token in tokenizer.encode(prefix + word, add_special_tokens=False)]
     shown = tokenizer.convert_ids_to_tokens(ids)
     if not ids or tokenizer.unk_token_id in ids:
         raise bad("words", "words of the vocabulary", f"{word!r} of class {name!r}, which becomes {shown}")
@@ -655,13 +652,13 @@ class PrototypicalVerbalizer(nn.Module):
     def forward(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """hidden [B, d], [B, T, d] with rows [B], or [M, d] with rows [R] -> cosines [R, C]."""
         z, prototypes = self._unit(hidden, rows)
-        with torch.autocast(z.device.type, enabled=False):
+        with _no_autocast(z):
             return z @ prototypes.T
 
     def loss(self, hidden: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
         """Both losses; target int64 [R]."""
         z, prototypes = self._unit(hidden, rows)
-        with torch.autocast(z.device.type, enabled=False):
+        with _no_autocast(z):
             return F.cross_entropy(z @ prototypes.T, target) + _instance_loss(z @ z.T, target)
 
     def config(self) -> dict[str, Any]:
@@ -670,6 +667,11 @@ class PrototypicalVerbalizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.width} -> {self.num_classes}, size={self.size}"
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _instance_loss(similar: Tensor, target: Tensor) -> Tensor:
