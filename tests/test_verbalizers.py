@@ -186,10 +186,8 @@ def test_the_head_is_not_the_verbalizers():
     assert not torch.equal(other["verbalizer"](hidden), want)
 
 
-transformers = pytest.importorskip("transformers", reason="needs transformers")
-
-
 def models() -> dict[str, nn.Module]:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     small = {"hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": V}
     return {
         "bert": transformers.BertForMaskedLM(transformers.BertConfig(**small)),
@@ -227,6 +225,13 @@ def test_other_heads_are_refused():
     with pytest.raises(TypeError, match=r"model: expected a BERT, .*, got Linear; pass LabelHead"):
         fnn.label_head_of(nn.Linear(2, 2))
     model = models()["gpt2"]
+
+    class Scaled(type(model)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(TypeError, match="got Scaled"):
+        fnn.label_head_of(Scaled(model.config))
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(TypeError, match=r"a plain nn.Linear as its vocabulary head, got Sequential"):
         fnn.label_head_of(model)
@@ -237,6 +242,7 @@ def test_other_heads_are_refused():
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     known = ["[UNK]", "[MASK]", "great", "good", "bad", "un", "##believ", "##able", "fine", "##ly"]

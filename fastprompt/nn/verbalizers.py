@@ -57,7 +57,8 @@ def label_head_of(model: nn.Module) -> LabelHead:
 def _parts_of(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
     any_model: Any = model
     transform: Callable[[Tensor], Tensor] = nn.Identity()
-    names = {base.__name__ for base in type(model).__mro__}
+    # A subclass with a forward of its own may do more behind the head.
+    names = {base.__name__ for base in type(model).__mro__ if base.__dict__.get("forward") is type(model).forward}
     if "BertForMaskedLM" in names:
         transform, linear = any_model.cls.predictions.transform, any_model.cls.predictions.decoder
     elif "RobertaForMaskedLM" in names:
