@@ -121,13 +121,13 @@ def test_the_gradient_reaches_what_is_upstream_and_not_the_head():
 
 
 def test_a_frozen_head_is_gathered_once_and_never_stale():
-    lm, hidden = head(), rand(3, D, dtype=torch.float64)
+    lm, hidden, target = head(), rand(3, D, dtype=torch.float64), torch.tensor([0, 2, 1])
     verbalizer = fnn.Verbalizer(MULTI, V, tokens="mean").double().attach(lm)
     verbalizer(hidden)
-    gathered = verbalizer._gathered[1]
+    gathered = verbalizer._gathered
     with torch.inference_mode():
         verbalizer(hidden)
-    assert verbalizer._gathered[1] is gathered
+    assert verbalizer._gathered is gathered
 
     def replaced():
         lm.weight = nn.Parameter(lm.weight * 2, requires_grad=False)
@@ -143,7 +143,10 @@ def test_a_frozen_head_is_gathered_once_and_never_stale():
         for p in lm.parameters():
             p.requires_grad_(False)
         torch.testing.assert_close(verbalizer(hidden), verbalizer.from_logits(lm(hidden)), rtol=0, atol=1e-12)
-    assert not verbalizer._gathered[1].requires_grad
+        plain = F.cross_entropy(verbalizer(hidden), target)
+        torch.testing.assert_close(verbalizer.loss(hidden, target), plain, rtol=0, atol=1e-12)
+    assert verbalizer._gathered.classes[0].shape == (3, D)
+    assert not verbalizer._gathered.words[0].requires_grad
     with torch.inference_mode():
         fresh = fnn.Verbalizer(SINGLE, V).double().attach(lm)
         fresh(hidden)

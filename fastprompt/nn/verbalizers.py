@@ -76,6 +76,18 @@ def _parts_of(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
     return transform, linear
 
 
+Rows = tuple[Tensor, Tensor | None]
+
+
+class _Gathered(NamedTuple):
+    """What was read from a frozen head, and when."""
+
+    key: Any
+    head: Any  # held, so that no other tensor takes its id
+    words: Rows
+    classes: Rows | None
+
+
 _Self = TypeVar("_Self", bound="_OnHead")
 
 
@@ -86,7 +98,7 @@ class _OnHead(nn.Module):
     """
 
     _head: tuple[Callable[[Tensor], Tensor], Any] | None = None
-    _gathered: tuple[Any, Tensor, Tensor | None] | None = None
+    _gathered: _Gathered | None = None
 
     def attach(self: _Self, head: nn.Module | LabelHead) -> _Self:
         """Reads hidden states through this head from now on.
@@ -117,7 +129,7 @@ class _OnHead(nn.Module):
 
     def loss(self, hidden: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
         """The mean cross-entropy of the class scores, in float32 at least; target int64 [R], -100 is ignored."""
-        return F.cross_entropy(self(hidden, rows), target)
+        return _cross_entropy(self(hidden, rows), target)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_head", "_gathered")}
@@ -129,7 +141,12 @@ class _OnHead(nn.Module):
         return other
 
 
-def _tensors(source: Any) -> tuple[Tensor, Tensor | None]:
+def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    """With a class out of range refused on a CPU and NaN on a GPU, where PyTorch's own would end the process."""
+    return functional.mapped_cross_entropy(scores, torch.arange(scores.shape[1], device=scores.device), target)
+
+
+def _tensors(source: Any) -> Rows:
     """Asked at every call: a module's parameters can be replaced."""
     return (source.weight, source.bias) if isinstance(source, nn.Linear) else source
 
@@ -263,26 +280,37 @@ class Verbalizer(_OnHead):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise bad("head", f"a bias [{self.num_tokens}]", list(bias.shape))
 
-    def _label_rows(self) -> tuple[Tensor, Tensor | None]:
-        """The label words' rows of the head: gathered again whenever a frozen head has changed, and always with a gradient."""
+    def _label_rows(self) -> tuple[Rows, Rows | None]:
+        """The label words' rows of the head, and the classes' where the loss needs no more.
+
+        Of a frozen head they are gathered once, and again whenever it has changed; otherwise always, with a gradient.
+        """
         assert self._head is not None
         weight, bias = _tensors(self._head[1])
         both = (weight,) if bias is None else (weight, bias)
         if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() for t in both):
-            return self._gather(weight, bias)
+            return self._gather(weight, bias), None
         key = [(id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in both]
-        if self._gathered is None or self._gathered[0][0] != key:
+        if self._gathered is None or self._gathered.key != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._gathered = ((key, both), *self._gather(weight, bias))  # `both`: no other tensor takes that id
-        return self._gathered[1:]
+                words = self._gather(weight, bias)
+                classes = functional.fold(self._classes, *words) if self._folds else None
+            self._gathered = _Gathered(key, both, words, classes)
+        return self._gathered.words, self._gathered.classes
 
-    def _gather(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _gather(self, weight: Tensor, bias: Tensor | None) -> Rows:
         same_device(weight, verbalizer=self._columns)
         weight = weight.index_select(0, self._columns)
         bias = None if bias is None else bias.index_select(0, self._columns)
         if self._inner is not None and self.tokens == "mean":
             return functional.fold(self._inner, weight, bias, reduce="mean")
         return weight, bias
+
+    @property
+    def _folds(self) -> bool:
+        """Whether the class scores are, but for a constant of the row, means of logits and so a smaller head's logits."""
+        means = self._inner is None or self.tokens == "mean"
+        return means and self._over_words == "mean" and self.of != "probabilities" and self._classes.longest > 1
 
     # ---- Reading ----
 
@@ -293,7 +321,7 @@ class Verbalizer(_OnHead):
                 what = f"{list(hidden.shape)}{'' if rows is None else ' and rows'}"
                 raise bad("hidden", f"a head (call attach first), or logits [B, {self.num_tokens}] without rows", what)
             return self._words_of(hidden)
-        weight, bias = self._label_rows()
+        (weight, bias), _ = self._label_rows()
         scores = F.linear(self._states(hidden, rows, weight), weight, bias)
         return scores if self._inner is None or self.tokens == "mean" else self._reduce_tokens(scores)
 
@@ -332,8 +360,15 @@ class Verbalizer(_OnHead):
     def loss(self, hidden: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
         """The mean cross-entropy of the class scores, in float32 at least; target int64 [R], -100 is ignored.
 
-        The logarithm of the label words' total mass is the same for all classes of a row, so it is not computed.
+        The logarithm of the label words' total mass is the same for all classes of a row, so it is not computed: of means
+        over the words of a frozen head, one column a class is all that is.
         """
+        classes = None if self._head is None else self._label_rows()[1]
+        if classes is not None:
+            scores = F.linear(self._states(hidden, rows, classes[0]), *classes)
+            wide = torch.promote_types(scores.dtype, torch.float32)
+            prior = functional.map_labels(self.log_prior[None].to(wide), self._classes)
+            return _cross_entropy(scores.to(wide) - prior, target)
         words = self.word_logits(hidden, rows)
         given: dict[str, Any] = {"reduce": self._over_words, "of": self._of}
         if self.of == "probabilities":
@@ -577,7 +612,7 @@ class SoftVerbalizer(_OnHead):
         if verbalizer._inner is not None and verbalizer.tokens == "max":
             raise bad("verbalizer", 'tokens="first" or "mean", which a vector can be', '"max"')
         with torch.no_grad():
-            weight, offset = functional.fold(verbalizer._classes, *verbalizer._label_rows())
+            weight, offset = functional.fold(verbalizer._classes, *verbalizer._label_rows()[0])
             made = cls(*weight.shape, bias=bias).to(weight.device)
             made.weight.copy_(weight)
             if made.bias is not None and offset is not None:
@@ -660,7 +695,7 @@ class PrototypicalVerbalizer(nn.Module):
         """Both losses; target int64 [R]."""
         z, prototypes = self._unit(hidden, rows)
         with _no_autocast(z):
-            return F.cross_entropy(z @ prototypes.T, target) + _instance_loss(z @ z.T, target)
+            return _cross_entropy(z @ prototypes.T, target) + _instance_loss(z @ z.T, target)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as data."""
@@ -748,7 +783,7 @@ class ContextualCalibration(nn.Module):
     def loss(self, scores: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy -log q[target]; target int64 [B], -100 is ignored."""
         log_p = self._log_p(scores)
-        return F.cross_entropy(log_p - self.prior.to(log_p.dtype).log(), target)
+        return _cross_entropy(log_p - self.prior.to(log_p.dtype).log(), target)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as data."""
