@@ -137,6 +137,7 @@ def test_a_frozen_head_is_gathered_once_and_never_stale():
 
     for change in (
         lambda: lm.weight.add_(1), lambda: lm.bias.mul_(2), replaced, loaded,
+        lambda: verbalizer.calibrate(rand(V, dtype=torch.float64)),
         lambda: setattr(lm.weight, "data", lm.weight.data + 1), lambda: lm.load_state_dict(head().state_dict(), assign=True),
     ):  # fmt: skip
         change()

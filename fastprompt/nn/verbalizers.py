@@ -85,7 +85,7 @@ class _Gathered(NamedTuple):
     key: Any
     head: Any  # held, so that no other tensor takes its id
     words: Rows
-    classes: Rows | None
+    classes: tuple[Tensor, Tensor | None, Tensor | None] | None  # weight, bias, and the prior that is not in the bias
 
 
 _Self = TypeVar("_Self", bound="_OnHead")
@@ -141,9 +141,12 @@ class _OnHead(nn.Module):
         return other
 
 
-def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
-    """With a class out of range refused on a CPU and NaN on a GPU, where PyTorch's own would end the process."""
-    return functional.mapped_cross_entropy(scores, torch.arange(scores.shape[1], device=scores.device), target)
+def _cross_entropy(scores: Tensor, target: Tensor, prior: Tensor | None = None) -> Tensor:
+    """In float32 at least. A class out of range is an error on a CPU and NaN elsewhere, where PyTorch's ends the process."""
+    if scores.device.type == "cpu" and prior is None:
+        return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), target)
+    classes = torch.arange(scores.shape[1], device=scores.device)
+    return functional.mapped_cross_entropy(scores, classes, target, prior=prior)
 
 
 def _tensors(source: Any) -> Rows:
@@ -280,23 +283,32 @@ class Verbalizer(_OnHead):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise bad("head", f"a bias [{self.num_tokens}]", list(bias.shape))
 
-    def _label_rows(self) -> tuple[Rows, Rows | None]:
-        """The label words' rows of the head, and the classes' where the loss needs no more.
-
-        Of a frozen head they are gathered once, and again whenever it has changed; otherwise always, with a gradient.
-        """
+    def _label_rows(self) -> Rows:
+        """The label words' rows of the head: gathered now where they have a gradient, otherwise when the head has changed."""
         assert self._head is not None
         weight, bias = _tensors(self._head[1])
-        both = (weight,) if bias is None else (weight, bias)
+        gathered = self._frozen_rows(weight, bias)
+        return self._gather(weight, bias) if gathered is None else gathered.words
+
+    def _frozen_rows(self, weight: Tensor, bias: Tensor | None) -> _Gathered | None:
+        """What a frozen head is read for, gathered once, and again when the head or the prior has changed."""
+        both = (weight, self.log_prior) if bias is None else (weight, self.log_prior, bias)
         if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() for t in both):
-            return self._gather(weight, bias), None
+            return None
         key = [(id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in both]
         if self._gathered is None or self._gathered.key != key:
             with torch.inference_mode(False), torch.no_grad():
                 words = self._gather(weight, bias)
-                classes = functional.fold(self._classes, *words) if self._folds else None
-            self._gathered = _Gathered(key, both, words, classes)
-        return self._gathered.words, self._gathered.classes
+                self._gathered = _Gathered(key, both, words, self._fold(*words) if self._folds else None)
+        return self._gathered
+
+    def _fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The head whose logits are the class scores, but for a constant of the row: the mean of the words' rows."""
+        weight, bias = functional.fold(self._classes, weight, bias)
+        prior = functional.map_labels(self.log_prior.to(torch.promote_types(weight.dtype, torch.float32))[None], self._classes)[0]
+        if prior.dtype != weight.dtype:
+            return weight, bias, prior  # in half precision it would be rounded
+        return weight, -prior if bias is None else bias - prior, None
 
     def _gather(self, weight: Tensor, bias: Tensor | None) -> Rows:
         same_device(weight, verbalizer=self._columns)
@@ -308,9 +320,8 @@ class Verbalizer(_OnHead):
 
     @property
     def _folds(self) -> bool:
-        """Whether the class scores are, but for a constant of the row, means of logits and so a smaller head's logits."""
-        means = self._inner is None or self.tokens == "mean"
-        return means and self._over_words == "mean" and self.of != "probabilities" and self._classes.longest > 1
+        linear = self._inner is None or self.tokens == "mean"
+        return linear and self._over_words == "mean" and self.of != "probabilities"
 
     # ---- Reading ----
 
@@ -321,7 +332,7 @@ class Verbalizer(_OnHead):
                 what = f"{list(hidden.shape)}{'' if rows is None else ' and rows'}"
                 raise bad("hidden", f"a head (call attach first), or logits [B, {self.num_tokens}] without rows", what)
             return self._words_of(hidden)
-        (weight, bias), _ = self._label_rows()
+        weight, bias = self._label_rows()
         scores = F.linear(self._states(hidden, rows, weight), weight, bias)
         return scores if self._inner is None or self.tokens == "mean" else self._reduce_tokens(scores)
 
@@ -363,12 +374,10 @@ class Verbalizer(_OnHead):
         The logarithm of the label words' total mass is the same for all classes of a row, so it is not computed: of means
         over the words of a frozen head, one column a class is all that is.
         """
-        classes = None if self._head is None else self._label_rows()[1]
-        if classes is not None:
-            scores = F.linear(self._states(hidden, rows, classes[0]), *classes)
-            wide = torch.promote_types(scores.dtype, torch.float32)
-            prior = functional.map_labels(self.log_prior[None].to(wide), self._classes)
-            return _cross_entropy(scores.to(wide) - prior, target)
+        gathered = None if self._head is None else self._frozen_rows(*_tensors(self._head[1]))
+        if gathered is not None and gathered.classes is not None:
+            weight, bias, prior = gathered.classes
+            return _cross_entropy(F.linear(self._states(hidden, rows, weight), weight, bias), target, prior)
         words = self.word_logits(hidden, rows)
         given: dict[str, Any] = {"reduce": self._over_words, "of": self._of}
         if self.of == "probabilities":
@@ -612,7 +621,7 @@ class SoftVerbalizer(_OnHead):
         if verbalizer._inner is not None and verbalizer.tokens == "max":
             raise bad("verbalizer", 'tokens="first" or "mean", which a vector can be', '"max"')
         with torch.no_grad():
-            weight, offset = functional.fold(verbalizer._classes, *verbalizer._label_rows()[0])
+            weight, offset = functional.fold(verbalizer._classes, *verbalizer._label_rows())
             made = cls(*weight.shape, bias=bias).to(weight.device)
             made.weight.copy_(weight)
             if made.bias is not None and offset is not None:
