@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt import functional
-from fastprompt.functional import Segments
 from fastprompt.functional.checks import bad, looks_at_values, one_of, same_device
-from fastprompt.functional.mapping import _select
+from fastprompt.functional.mapping import Labels, _select
 from fastprompt.taxonomy import Alignment, Place
 
 Word = int | Sequence[int]
@@ -392,10 +391,10 @@ class Verbalizer(_OnHead):
         return "probabilities" if self.of == "probabilities" else "logits"
 
     @property
-    def _over_words(self) -> str:
+    def _over_words(self) -> str | None:
         return self.reduce
 
-    def _labels(self) -> Segments:
+    def _labels(self) -> Labels:
         return self._classes
 
     # ---- Calibration ----
@@ -532,13 +531,14 @@ class KnowledgeableVerbalizer(Verbalizer):
         return Place(alignment=Alignment.LINEAR if self.word_weights.requires_grad else Alignment.STRUCTURAL)
 
     @property
-    def _over_words(self) -> str:
-        return "weighted"
+    def _over_words(self) -> None:
+        return None
 
-    def _labels(self) -> Segments:
-        wide = self.word_weights.to(torch.promote_types(self.word_weights.dtype, torch.float32))
-        total = functional.map_labels(wide[None], self._classes, reduce="logsumexp")[0]
-        return self._classes._replace(weights=(wide - total.index_select(0, self._classes.owner)).exp())
+    def _labels(self) -> Tensor:
+        """The matrix [W, C] of the weights, 0 where a word is another class's."""
+        weights = self.word_weights.to(torch.promote_types(self.word_weights.dtype, torch.float32))
+        owner = self._classes.owner[:, None] == torch.arange(self.num_classes, device=weights.device)
+        return torch.where(owner, weights[:, None], -torch.inf).softmax(0)
 
     def refine(self, prior: Tensor, share: float = 0.5) -> Any:
         """A new verbalizer without the words that have a token among the lowest `share` of the vocabulary's prior.
