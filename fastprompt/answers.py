@@ -206,8 +206,8 @@ class LastNumber:
     >>> [rule(text) for text in ("none", "GPT4, x2", "1.2.3", "", "1/2/2024")]
     [None, None, None, None, None]
 
-    - A comma separates thousands (1,234 and 1,00,000); any other comma ends a number, so "3,5" is 5. A point is a decimal
-      point. Points at the end belong to the sentence.
+    - A comma, LaTeX's {,} or a narrow space separates thousands (1,234 and 1,00,000); any other comma ends a number, so "3,5"
+      is 5. A point is a decimal point. Points at the end belong to the sentence.
     - "-" is a sign right before the number or its currency ($ € £ ¥) and not behind a letter, digit or bracket.
     - A currency, % and units are dropped: "50%" is 50, "5 km" is 5, "10k" is 10.
     - a/b of whole numbers, and \frac{a}{b}, is its value, so that "3/4" and "0.75" are one vote; not where b is 0, and not in
@@ -218,6 +218,8 @@ class LastNumber:
 
     def __call__(self, text: str) -> int | float | None:
         text = _text(text)
+        for written, meant in (("{,}", ","), ("\\!", ""), ("\u202f", ","), ("\\$", "$")):
+            text = text.replace(written, meant)
         last = None
         for match in _NUMBERS.finditer(text):
             value = _number(text, match)

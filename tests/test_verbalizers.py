@@ -236,6 +236,8 @@ def test_other_heads_are_refused():
 
     with pytest.raises(TypeError, match="got Scaled"):
         fnn.label_head_of(Scaled(model.config))
+    with pytest.raises(TypeError, match="got NonDynamicallyQuantizableLinear"):
+        fnn.Verbalizer(SINGLE, V).attach(nn.modules.linear.NonDynamicallyQuantizableLinear(D, V))
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(TypeError, match=r"a plain nn.Linear as its vocabulary head, got Sequential"):
         fnn.label_head_of(model)
@@ -264,6 +266,18 @@ def test_words_of_text(tokenizer):
     many = fnn.KnowledgeableVerbalizer.from_text(both, tokenizer, multi_token="mean", num_tokens=64)
     assert many.words == [[[5, 6, 7], [8]], [[4]]]
     assert (type(many), many.tokens, many.num_tokens) == (fnn.KnowledgeableVerbalizer, "mean", 64)
+
+
+def test_the_prefix_chooses_the_token():
+    """Byte-level BPE, as GPT-2 has it: a word with a space in front is another token."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.BPE({"o": 0, "k": 1, "ok": 2, "\u0120": 3, "\u0120ok": 4}, [("o", "k"), ("\u0120", "ok")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    assert fnn.Verbalizer.from_text({"a": "ok"}, bpe).words == [[[4]]]
+    assert fnn.Verbalizer.from_text({"a": "ok"}, bpe, prefix="").words == [[[2]]]
 
 
 @pytest.mark.parametrize(

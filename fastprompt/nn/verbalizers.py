@@ -110,7 +110,7 @@ class _OnHead(nn.Module):
         """
         if isinstance(head, LabelHead):
             found: tuple[Callable[[Tensor], Tensor], Any] = head.transform, head[1:]
-        elif isinstance(head, nn.Linear):
+        elif type(head) is nn.Linear:
             found = nn.Identity(), head
         else:
             found = _parts_of(head)
@@ -168,7 +168,7 @@ class Verbalizer(_OnHead):
     PET (Schick & Schuetze 2021, arXiv 2001.07676) has one word a class; the manual verbalizer of OpenPrompt (Ding et al.
     2022, arXiv 2111.01998) several, with the calibration of Hu et al. 2022 (KPT, arXiv 2108.02035). Everything behind the
     head is computed in float32 (float64 for float64) by log-sum-exp: no constant is added to a probability, and there are no
-    padded words.
+    padded words. Alignment: structural.
 
     Without a head (see `attach`), the input is a model's logits over the whole vocabulary.
 
@@ -512,7 +512,8 @@ class KnowledgeableVerbalizer(Verbalizer):
 
     a = softmax over the words of a class of `word_weights`, which start at 0: the mean. Words that the model hardly ever
     says are dropped by `refine`. Knowledgeable prompt-tuning (KPT; Hu et al. 2022, arXiv 2108.02035). p is that of
-    `Verbalizer`, and so are the arguments; the reduction is the weighted mean of log-probabilities.
+    `Verbalizer`, and so are the arguments; the reduction is the weighted mean of log-probabilities. Alignment: linear, and
+    structural when the weights are fixed.
 
     Attributes:
         word_weights: Parameter [W], class after class.
@@ -527,7 +528,6 @@ class KnowledgeableVerbalizer(Verbalizer):
 
     @property
     def taxonomy(self) -> Place:
-        """Linear while its weights are trained, structural when they are fixed."""
         return Place(alignment=Alignment.LINEAR if self.word_weights.requires_grad else Alignment.STRUCTURAL)
 
     @property
@@ -588,7 +588,7 @@ class SoftVerbalizer(_OnHead):
     """A trained vector a class in place of words: out[c] = v[c] . transform(h) + b[c].
 
     WARP (Hambardzumyan et al. 2021, arXiv 2101.00121). `from_words` starts v[c] from the mean of the head's rows of the
-    class's words. The hidden states are taken to the dtype of the vectors; scores are float32 at least.
+    class's words. The hidden states are taken to the dtype of the vectors; scores are float32 at least. Alignment: linear.
 
     Args:
         num_classes, width: C and d.
@@ -664,7 +664,7 @@ class PrototypicalVerbalizer(nn.Module):
                      N_j = sum over k with y_k != y_j of exp S(z_k, z_j)
 
     A sample is a pair with itself, as in OpenPrompt, whose two losses for K samples of each class are these over C. Computed
-    as matrices, in float32 at least; samples with target -100 are left out.
+    as matrices, in float32 at least; samples with target -100 are left out. Alignment: linear.
 
     Args:
         num_classes, width: C and d.
@@ -735,7 +735,7 @@ class ContextualCalibration(nn.Module):
     """q = W p + b with W = diag(p_cf)^-1 and b = 0, normalised: q[c] = (p[c] / p_cf[c]) / sum over k of p[k] / p_cf[k].
 
     p_cf is what the model says without content: the mean class probabilities of inputs such as "N/A", "" and "[MASK]" (Zhao
-    et al. 2021, arXiv 2102.09690). Counted, so statistical.
+    et al. 2021, arXiv 2102.09690). Counted, so the alignment is statistical.
 
     Args:
         num_classes: C.
