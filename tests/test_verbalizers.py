@@ -152,6 +152,9 @@ def test_a_frozen_head_is_gathered_once_and_never_stale():
         fresh = fnn.Verbalizer(SINGLE, V).double().attach(lm)
         fresh(hidden)
     fresh(hidden.requires_grad_()).sum().backward()  # what inference mode gathered can be trained through
+    fresh = fnn.Verbalizer(SINGLE, V).double().attach(lm)
+    torch.func.vmap(fresh.word_logits)(hidden[:, None])
+    assert fresh._gathered is None  # what a transform or a mode makes is not kept
 
 
 @pytest.mark.parametrize("tokens", ["first", "mean", "max"])

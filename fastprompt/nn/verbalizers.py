@@ -292,12 +292,16 @@ class Verbalizer(_OnHead):
     def _frozen_rows(self, weight: Tensor, bias: Tensor | None) -> _Gathered | None:
         """What a frozen head is read for, gathered once, and again when the head or the prior has changed."""
         both = (weight, self.log_prior) if bias is None else (weight, self.log_prior, bias)
-        if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() for t in both):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return None
+        if any(type(t) not in (Tensor, nn.Parameter) or t.requires_grad or t.is_inference() for t in both):
             return None
         key = [(id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in both]
         if self._gathered is None or self._gathered.key != key:
             with torch.inference_mode(False), torch.no_grad():
                 words = self._gather(weight, bias)
+                if type(words[0]) is not Tensor:  # a mode makes fake tensors
+                    return None
                 self._gathered = _Gathered(key, both, words, self._fold(*words) if self._folds else None)
         return self._gathered
 
