@@ -17,11 +17,23 @@ from fastprompt.nn.perturbation import (
     PatchPrompt,
     SeriesPrompt,
 )
+from fastprompt.nn.verbalizers import (
+    ContextualCalibration,
+    KnowledgeableVerbalizer,
+    LabelHead,
+    PrototypicalVerbalizer,
+    SoftVerbalizer,
+    Verbalizer,
+    label_head_of,
+)
 
 __all__ = [
+    "ContextualCalibration",
     "DeepPrompt",
     "FramePrompt",
     "GeneratedPrompt",
+    "KnowledgeableVerbalizer",
+    "LabelHead",
     "LabelMap",
     "MaskNet",
     "MaskedPrompt",
@@ -29,7 +41,11 @@ __all__ = [
     "PatchPrompt",
     "PrefixKV",
     "PromptAttention",
+    "PrototypicalVerbalizer",
     "SeriesPrompt",
     "SoftPrompt",
+    "SoftVerbalizer",
+    "Verbalizer",
+    "label_head_of",
     "scaled_dot_product_attention",
 ]
