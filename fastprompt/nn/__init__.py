@@ -7,7 +7,7 @@ from fastprompt.nn.attention import (
     SoftPrompt,
     scaled_dot_product_attention,
 )
-from fastprompt.nn.mapping import LabelMap
+from fastprompt.nn.mapping import AttributeMap, BayesianMap, DescriptionMap, LabelMap, LinearMap, Refresh
 from fastprompt.nn.perturbation import (
     FramePrompt,
     GeneratedPrompt,
@@ -19,16 +19,21 @@ from fastprompt.nn.perturbation import (
 )
 
 __all__ = [
+    "AttributeMap",
+    "BayesianMap",
     "DeepPrompt",
+    "DescriptionMap",
     "FramePrompt",
     "GeneratedPrompt",
     "LabelMap",
+    "LinearMap",
     "MaskNet",
     "MaskedPrompt",
     "PaddedPrompt",
     "PatchPrompt",
     "PrefixKV",
     "PromptAttention",
+    "Refresh",
     "SeriesPrompt",
     "SoftPrompt",
     "scaled_dot_product_attention",
