@@ -550,7 +550,7 @@ class BayesianMap(_CountedMap):
 
 class DescriptionMap(_CountedMap):
     """A class reads its own descriptions, weighted by how often its samples match them: the probabilistic reweighting matrix
-    of DVP (Cai et al. 2025, Decoupled Visual Prompts). Sources are descriptions, class after class:
+    of DVP (Cai et al. 2025, Decoupled Visual Prompts, arXiv 2506.01000). Sources are descriptions, class after class:
 
         out[b, t] = sum over the descriptions a of class t of weight[a] * scores[b, a]
         weight[a] = how often a is among the `top` best of class t's descriptions, over the samples of t / the same of all a
