@@ -173,7 +173,14 @@ def map_labels(
     """
     if map_id is prior is None and type(labels) is Tensor and of == "logits" and labels.dtype == torch.int64:
         return _gather(scores, labels, reduce, k, impl)
-    reduce, _path = _check_map(scores, labels, reduce, map_id, of, k, prior, impl)
+    reduce, path = _check_map(scores, labels, reduce, map_id, of, k, prior, impl)
+    if path == "cpu":
+        try:
+            out = ops.map_cpu(scores, labels, reduce, map_id, of, k, prior)
+        except (IndexError, RuntimeError):
+            _explain(scores, labels)
+            raise
+        return out if of == "probabilities" else out.to(scores.dtype)
     return reference.map_labels(scores, labels, reduce=reduce, map_id=map_id, of=of, k=k, prior=prior)
 
 
@@ -226,8 +233,20 @@ def mapped_cross_entropy(
         ValueError, TypeError: what was expected and what came.
         RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one).
     """
-    reduce, _path = _check_map(scores, labels, reduce, map_id, of, k, prior, impl)
-    _check_loss(scores, _classes(labels), target, weight, label_smoothing, ignore_index, focal, reduction)
+    reduce, path = _check_map(scores, labels, reduce, map_id, of, k, prior, impl)
+    renormalize = renormalize or of == "logits"
+    _check_loss(scores, _classes(labels), target, weight, label_smoothing, focal, reduction)
+    if path == "cpu":
+        if focal or not renormalize:
+            check_range("target", target, _classes(labels), ignored=ignore_index)
+        try:
+            mapped = ops.map_cpu(scores, labels, reduce, map_id, of, k, prior)
+            return ops.cross_entropy_cpu(mapped, target, weight, label_smoothing, ignore_index, focal, reduction, renormalize)
+        except (IndexError, RuntimeError):  # PyTorch looks at the values itself, without saying which argument is wrong
+            _explain(scores, labels)
+            check_range("target", target, _classes(labels), ignored=ignore_index)
+            raise
+    check_range("target", target, _classes(labels), ignored=ignore_index)
     return reference.mapped_cross_entropy(
         scores, labels, target, reduce=reduce, map_id=map_id, of=of, k=k, prior=prior, renormalize=renormalize,
         weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, focal=focal, reduction=reduction,
@@ -401,12 +420,10 @@ def _full_probabilities(
     mapped = reference.reduce_values(values, labels, reduce, given["map_id"], given["k"], True)
     if target is None:
         return mapped
-    reduction, smoothing = loss.pop("reduction"), loss["label_smoothing"]
-    _check_loss(scores, mapped.shape[1], target, loss["weight"], smoothing, loss["ignore_index"], loss["focal"], reduction)
-    losses, weights = reference.cross_entropies(mapped, target, **loss)
-    if reduction == "none":
-        return losses
-    return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
+    reduction = loss.pop("reduction")
+    _check_loss(scores, mapped.shape[1], target, loss["weight"], loss["label_smoothing"], loss["focal"], reduction)
+    check_range("target", target, mapped.shape[1], ignored=loss["ignore_index"])
+    return reference.total(*reference.cross_entropies(mapped, target, **loss), reduction)
 
 
 def _select(hidden: Tensor, rows: Tensor | None, weight: Tensor) -> Tensor:
@@ -582,8 +599,6 @@ def _check_map(
         if wide and labels.shape[-2] != sources:
             raise bad("labels", f"a matrix with a row for each of {sources} sources", list(labels.shape))
         same_device(scores, labels=labels)
-        if not wide and labels.numel():
-            check_range("labels", labels.flatten(), sources)
         maps = labels.shape[0] if labels.dim() - wide == 2 else None
     else:
         raise TypeError(f"labels: expected an int64 index, Segments or a matrix, got {type(labels).__name__}")
@@ -600,16 +615,25 @@ def _check_map(
         if prior.requires_grad:
             raise bad("prior", "a constant", "one that requires a gradient")
         same_device(scores, prior=prior)
-    return reduce, path_of(impl, scores)
+    path = path_of(impl, scores)
+    if path == "auto" and scores.is_cpu:
+        path = "torch" if torch.compiler.is_compiling() else "cpu"
+    if path != "cpu":
+        _explain(scores, labels)
+    return reduce, path
+
+
+def _explain(scores: Tensor, labels: Labels) -> None:
+    """Raises if an index is out of range, where values are looked at."""
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        check_range("labels", labels.flatten(), scores.shape[1])
 
 
 def _check_loss(
-    scores: Tensor, classes: int, target: Tensor, weight: Tensor | None, label_smoothing: float, ignore_index: int,
-    focal: float, reduction: str,
+    scores: Tensor, classes: int, target: Tensor, weight: Tensor | None, label_smoothing: float, focal: float, reduction: str
 ) -> None:  # fmt: skip
     check_labels("target", target, scores.shape[0])
     same_device(scores, target=target, weight=weight)
-    check_range("target", target, classes, ignored=ignore_index)
     one_of("reduction", reduction, ("mean", "sum", "none"))
     if not 0 <= label_smoothing <= 1:
         raise bad("label_smoothing", "0 to 1", label_smoothing)

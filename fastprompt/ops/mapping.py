@@ -6,13 +6,19 @@ the kernels run there too, in Triton's interpreter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastprompt import _runtime
+from fastprompt.reference import mapping as reference
+from fastprompt.reference.mapping import Labels, Segments
 from fastprompt.tuning.mapping import pick
 
 if _runtime.HAS_TRITON:
@@ -104,12 +110,288 @@ class MapLabels(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fastprompt.functional.map_labels has no second derivative: call backward without create_graph=True, "
-                'or use impl="torch"'
-            )
+            raise RuntimeError(_NO_SECOND.format("map_labels"))
         index, readers = ctx.saved_tensors
         return _gradient(g, index, readers, ctx.sources), None, None
+
+
+# ---- Segments on a CPU: gathers there and back, no scatter where no two classes share a source ----
+
+
+class Plan(NamedTuple):
+    """What the CPU looks up in a map, made once. With N maps the tensors have a first axis of N, without rounds and entry."""
+
+    table: Tensor  # int64 [T * longest]: the entries' sources; short classes are filled up with their first
+    filled: Tensor | None  # bool [T, longest]: where they were; None: all classes have the same size
+    first: Tensor  # int64 [T]
+    size: Tensor  # float32 [T]
+    shortest: int
+    rounds: tuple[Tensor, ...]  # int64 [S] each: the class that reads a source first, second, ...; T where there is none
+    entry: Tensor | None  # int64 [S], where no source is read twice: the place in the table, T * longest where there is none
+
+
+_plans = WeakIdKeyDictionary()  # members -> (what they were, plan)
+_MOST_ROUNDS = 4  # classes that share a source: more of them are added one by one
+
+
+def plan_of(seg: Segments) -> Plan:
+    """The plan of a map, known by its tensors and their version."""
+    identity = (
+        id(seg.starts), seg.num_source, seg.num_classes, seg.num_maps, *map(_version, (seg.members, seg.starts))
+    )  # fmt: skip
+    known = _plans.get(seg.members)
+    if known is None or known[0] != identity:
+        known = _plans[seg.members] = (identity, _make_plan(seg))
+    return known[1]
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _make_plan(seg: Segments) -> Plan:
+    maps, classes, longest, sources = seg.num_maps, seg.num_classes, seg.longest, seg.num_source
+    size = seg.starts.diff().view(maps, classes)
+    start = seg.starts[:-1].view(maps, classes, 1)
+    filled = torch.arange(longest) >= size[..., None]
+    entry = torch.where(filled, start, start + torch.arange(longest))  # [N, T, longest], into the members
+    table = seg.members[entry].view(maps, -1)
+    shortest = int(size.min())
+    if maps > 1:
+        return Plan(table, filled if shortest < longest else None, seg.members[start[..., 0]], size.float(), shortest, (), None)
+    rounds: list[Tensor] = []
+    degree = seg.readers.diff()
+    if seg.busiest <= _MOST_ROUNDS:
+        ordered = F.pad(seg.owner[seg.order], (0, 1))
+        for r in range(seg.busiest):
+            rounds.append(torch.where(degree > r, ordered[(seg.readers[:-1] + r).clamp(max=len(ordered) - 1)], classes))
+    place = None
+    if seg.busiest == 1:
+        place = torch.full((sources,), classes * longest)
+        place[table[0]] = torch.arange(classes * longest)
+        place[seg.members[seg.starts[:-1]]] = torch.arange(classes) * longest  # and not where the class was filled up
+    return Plan(
+        table[0], filled[0] if shortest < longest else None, seg.members[seg.starts[:-1]], size[0].float(), shortest,
+        tuple(rounds), place,
+    )  # fmt: skip
+
+
+def _plain(
+    values: Tensor, labels: Labels, reduce: str, map_id: Tensor | None, k: int | None, prior: Tensor | None, logarithms: bool
+) -> Tensor:  # fmt: skip
+    return reference.reduce_values(values if prior is None else values - prior, labels, reduce, map_id, k, logarithms)
+
+
+def map_cpu(
+    scores: Tensor, labels: Labels, reduce: str, map_id: Tensor | None, of: str, k: int | None, prior: Tensor | None
+) -> Tensor:
+    """`reference.map_labels` of at most 32 bits in float32, differentiable."""
+    logarithms = of == "probabilities"
+    if logarithms:
+        scores = scores.float().log_softmax(1)
+        prior = prior if prior is None else prior.log()
+    prior = prior if prior is None else prior.float()
+    if isinstance(labels, Segments):
+        if labels.num_maps == 1:
+            map_id = None
+        if labels.longest == 1 and reduce != "weighted":
+            reduce = "first"
+        elif k is not None and k >= labels.longest:
+            reduce = "mean"
+        plan = plan_of(labels) if labels.longest else None
+        weights = labels.weights if reduce == "weighted" else None
+        if (
+            plan is None
+            or (weights is not None and weights.requires_grad)
+            or (reduce == "top-k mean" and plan.shortest < (k or 0))
+        ):
+            return _plain(scores.float(), labels, reduce, map_id, k, prior, logarithms)
+        if reduce != "first":
+            given = (scores, labels, plan, map_id, prior, reduce, k, logarithms)
+            return MapSegments.apply(*given) if scores.requires_grad and torch.is_grad_enabled() else _forward_cpu(*given)[0]
+        labels = plan.first
+    elif labels.is_floating_point():
+        scores = scores.float()
+        if logarithms or map_id is not None or torch.is_autocast_enabled("cpu"):
+            return _plain(scores, labels, reduce, map_id, k, prior, logarithms)
+        return (scores if prior is None else scores - prior) @ labels.float()
+    if map_id is None:
+        out = scores.index_select(1, labels).float()
+        return out if prior is None else out - prior[labels]
+    index = labels[map_id]
+    out = scores.gather(1, index).float()
+    return out if prior is None else out - prior[index]
+
+
+def _forward_cpu(
+    scores: Tensor, seg: Segments, plan: Plan, map_id: Tensor | None, prior: Tensor | None, reduce: str, k: int | None,
+    logarithms: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    """The mapped scores [B, T] in float32, and what the backward needs."""
+    linear = not logarithms and reduce in ("mean", "sum", "weighted")
+    ragged = linear and plan.filled is not None and map_id is None
+    read = seg.members if ragged else plan.table if map_id is None else plan.table[map_id]
+    x = (scores.index_select(1, read) if map_id is None else scores.gather(1, read)).float()
+    if prior is not None:
+        x = x - prior[read]
+    if ragged:
+        if reduce == "weighted":
+            assert seg.weights is not None
+            x = x * seg.weights.float()
+        out = torch.from_numpy(np.add.reduceat(x.numpy(), seg.starts[:-1].numpy(), axis=1))
+        return (out.div_(plan.size) if reduce == "mean" else out), ()
+    shape = (len(scores), seg.num_classes, seg.longest)
+    x = x.view(shape)
+    size = plan.size if map_id is None else plan.size[map_id]
+    filled = plan.filled if plan.filled is None or map_id is None else plan.filled[map_id]
+    weights = _table_weights(seg, plan, map_id) if reduce == "weighted" else None
+    if linear:
+        if filled is not None:
+            x = x.masked_fill(filled, 0)
+        if weights is not None:
+            x = x * weights
+        if reduce != "mean":
+            return x.sum(-1), ()
+        return (x.mean(-1) if filled is None else x.sum(-1).div_(size)), ()
+    if reduce == "max":  # a class is filled up with its first source, which never beats itself
+        out, at = x.max(-1)
+        return out, (at,)
+    if reduce == "top-k mean":
+        assert k is not None
+        x, at = _largest(x, filled, k)
+        if not logarithms:
+            return x.mean(-1), (at,)
+        out = x.logsumexp(-1)
+        return out - math.log(k), (at, x, out)
+    if filled is not None:
+        x = x.masked_fill(filled, -torch.inf)
+    if weights is not None:
+        x = x + weights.log()
+    out = x.logsumexp(-1)
+    return (out - size.log() if reduce == "mean" else out), (None, x, out)
+
+
+def _largest(x: Tensor, filled: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest along the last axis and their places, the first of equals: what torch.topk leaves open."""
+    if filled is not None:
+        x = x.masked_fill(filled, -torch.inf)
+    values, at = x.topk(k + 1, -1)
+    if bool((values[..., k - 1] == values[..., k]).any()):
+        values, at = x.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], at[..., :k]
+
+
+def _table_weights(seg: Segments, plan: Plan, map_id: Tensor | None) -> Tensor:
+    """The entries' weights, 0 where a class was filled up: [T, longest], or [B, T, longest] with map_id."""
+    assert seg.weights is not None
+    shape = (seg.num_maps, seg.num_classes, 1)
+    place = torch.arange(seg.longest)
+    size = plan.size.view(shape)
+    weights = seg.weights.float()[torch.where(place < size, seg.starts[:-1].view(shape) + place, 0)]
+    weights = torch.where(place < size, weights, 0)
+    return weights[0] if map_id is None else weights[map_id]
+
+
+def _backward_cpu(
+    g: Tensor, seg: Segments, plan: Plan, map_id: Tensor | None, saved: tuple[Tensor | None, ...], dtype: torch.dtype,
+    reduce: str, k: int | None, logarithms: bool,
+) -> Tensor:  # fmt: skip
+    """d scores [B, S] in their dtype, summed in float32."""
+    batch, classes, longest = len(g), seg.num_classes, seg.longest
+    size = plan.size if map_id is None else plan.size[map_id]
+    if saved == ():
+        if reduce == "mean":
+            g = g / (longest if plan.filled is None else size)
+        weighted = reduce == "weighted"
+        if map_id is None and plan.rounds:
+            g = F.pad(g if len(plan.rounds) > 1 or weighted else g.to(dtype), (0, 1))
+            d = g.index_select(1, plan.rounds[0])
+            if weighted:
+                d = d * _source_weights(seg, 0)
+            for r, reader in enumerate(plan.rounds[1:], 1):
+                more = g.index_select(1, reader)
+                d = d + (more * _source_weights(seg, r) if weighted else more)
+            return d.to(dtype)
+        if map_id is None:
+            each = g.index_select(1, seg.owner)
+            if weighted:
+                assert seg.weights is not None
+                each = each * seg.weights.float()
+            return g.new_zeros(batch, seg.num_source).index_add_(1, seg.members, each).to(dtype)
+        each = g[..., None].expand(batch, classes, longest)
+        if weighted:
+            each = each * _table_weights(seg, plan, map_id)
+    else:
+        at, *exponents = saved
+        each = g[..., None]
+        if exponents:
+            x, out = exponents
+            assert x is not None
+            assert out is not None
+            out = out.masked_fill(out == -torch.inf, 0)[..., None]
+            each = (x - out).exp_().mul_(each)
+        elif reduce == "top-k mean":
+            assert k is not None
+            each = (each / k).expand(batch, classes, k)
+        if at is not None:
+            at = at.view(batch, classes, -1)
+            place = at + torch.arange(0, classes * longest, longest)[:, None]
+            read = plan.table[place] if map_id is None else plan.table[map_id].gather(1, place.view(batch, -1))
+            d = g.new_zeros(batch, seg.num_source)
+            return d.scatter_add_(1, read.view(batch, -1), each.reshape(batch, -1)).to(dtype)
+    if map_id is None and plan.entry is not None:
+        return F.pad(each.reshape(batch, -1), (0, 1)).index_select(1, plan.entry).to(dtype)
+    if plan.filled is not None:
+        each = each.masked_fill(plan.filled if map_id is None else plan.filled[map_id], 0)
+    d, each = g.new_zeros(batch, seg.num_source), each.reshape(batch, -1)
+    return (d.index_add_(1, plan.table, each) if map_id is None else d.scatter_add_(1, plan.table[map_id], each)).to(dtype)
+
+
+def _source_weights(seg: Segments, r: int) -> Tensor:
+    """The weight of the r-th entry that reads each source, 0 where there is none: [S]."""
+    assert seg.weights is not None
+    at = seg.readers[:-1] + r
+    ordered = F.pad(seg.weights.float()[seg.order], (0, 1))
+    return torch.where(at < seg.readers[1:], ordered[at.clamp(max=len(ordered) - 1)], 0)
+
+
+class MapSegments(torch.autograd.Function):
+    """A segmented map on a CPU, in float32, with a gradient for the scores."""
+
+    @staticmethod
+    def forward(ctx, scores, seg, plan, map_id, prior, reduce, k, logarithms):  # type: ignore[no-untyped-def]
+        out, saved = _forward_cpu(scores, seg, plan, map_id, prior, reduce, k, logarithms)
+        ctx.save_for_backward(map_id, *saved)
+        ctx.given = seg, plan, scores.dtype, reduce, k, logarithms
+        return out
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise RuntimeError(_NO_SECOND.format("map_labels"))
+        seg, plan, *given = ctx.given
+        map_id, *saved = ctx.saved_tensors
+        return _backward_cpu(g, seg, plan, map_id, tuple(saved), *given), *[None] * 7
+
+
+def cross_entropy_cpu(
+    mapped: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, ignore_index: int, focal: float,
+    reduction: str, renormalize: bool,
+) -> Tensor:  # fmt: skip
+    """The loss of the mapped scores; PyTorch's own where it has it."""
+    if renormalize and not focal:
+        weight = weight if weight is None else weight.to(mapped.dtype)
+        return F.cross_entropy(
+            mapped, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    losses, weights = reference.cross_entropies(
+        mapped, target, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, focal=focal,
+        renormalize=renormalize,
+    )  # fmt: skip
+    return reference.total(losses, weights, reduction)
+
+
+_NO_SECOND = 'fastprompt.functional.{} has no second derivative: call backward without create_graph=True, or use impl="torch"'
 
 
 # ---- Matching: on the host, once an epoch ----

@@ -125,7 +125,8 @@ def _multiply(values: Tensor, matrix: Tensor, map_id: Tensor | None, logarithms:
     if logarithms:
         top = values.amax(1, keepdim=True).detach() if values.shape[1] else top
         values = (values - top).double().exp()
-    out = values @ matrix.to(values.dtype)  # [B, T], or [N, B, T]: every sample by every map, which copies no matrix
+    with torch.autocast(values.device.type, enabled=False):
+        out = values @ matrix.to(values.dtype)  # [B, T], or [N, B, T]: every sample by every map, which copies no matrix
     if map_id is not None:
         out = out[map_id, torch.arange(len(map_id), device=out.device)]
     if logarithms:
@@ -173,12 +174,12 @@ def _reduce_segments(
 
 def _log_sum_exp(x: Tensor, weights: Tensor | None) -> Tensor:
     """log(sum of weights * exp(x)) over the last axis; -inf, and no gradient, where nothing is summed."""
-    if weights is None:
-        return x.logsumexp(-1)
-    x = torch.where(weights == 0, -torch.inf, x)
+    if weights is not None:
+        x = torch.where(weights == 0, -torch.inf, x)
     top = x.amax(-1, keepdim=True).detach()
-    top = torch.where(top == -torch.inf, 0, top)
-    mass = (weights * (x - top).exp()).sum(-1)
+    top = torch.where(top.isinf(), 0, top)
+    mass = (x - top).exp()
+    mass = (mass if weights is None else weights * mass).sum(-1)
     nothing = mass == 0
     return torch.where(nothing, -torch.inf, torch.where(nothing, 1, mass).log() + top[..., 0])
 
@@ -199,9 +200,7 @@ def mapped_cross_entropy(
         mapped, target, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, focal=focal,
         renormalize=renormalize or of == "logits",
     )  # fmt: skip
-    if reduction == "none":
-        return losses
-    return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
+    return total(losses, weights, reduction)
 
 
 def cross_entropies(
@@ -227,6 +226,13 @@ def cross_entropies(
     if focal:
         losses = losses * (-picked.expm1()).clamp_min(torch.finfo(picked.dtype).tiny) ** focal
     return torch.where(kept, torch.where(known, losses, torch.nan), 0.0), weights
+
+
+def total(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    """What becomes of the losses; their mean is over the weights."""
+    if reduction == "none":
+        return losses
+    return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
 
 
 # ---- Making maps ----
