@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fastprompt import checkpoint
 from fastprompt import nn as modules
 from fastprompt.checkpoint import CheckpointError
 from fastprompt.taxonomy import Alignment, Place
+
+
+class _HeadReached(Exception):
+    """Ends a forward of f at its head."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__("f has reached its head")
+        self.features = features
 
 
 class Reprogrammed(nn.Module):
@@ -28,9 +36,9 @@ class Reprogrammed(nn.Module):
     trains, is in `trainable_parameters()` and in `state_dict()`. Nothing is cached between calls but the folded head.
 
     With `head`, a map that is linear in the logits (a `LabelMap` of logits, a `BayesianMap`, ...) is folded into that layer
-    (`map.fold`), so that f computes T columns in place of S: the same numbers up to rounding. f's own weights stay as they are,
-    and `source_logits`, which counting reads, has all S. The folded head is made again when the map or the head has changed
-    or moved. Under torch.compile the map is applied behind f.
+    (`map.fold`), so that T columns are computed in place of S: the same numbers up to rounding. f is not changed, it stops at
+    its head; `source_logits`, which counting reads, runs all of it. The folded head is made again when the map or the head
+    has changed or moved. Under torch.compile the map is applied behind f.
 
     Args:
         model: f, from the model input [B, C, H, W] to logits [B, S] (or an object with `.logits`). It is frozen in place.
@@ -48,7 +56,7 @@ class Reprogrammed(nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(part).__name__}")
         self.model = model.requires_grad_(False).eval()
         self.inputs, self.outputs, self.head = inputs, outputs, head
-        self._folded: tuple[list[Any], dict[str, Tensor], list[Tensor]] | None = None
+        self._folded: tuple[list[Any], list[Tensor], tuple[Tensor, Tensor | None]] | None = None
         self._head_is_last = False  # not seen yet
         if head is not None and type(layer := dict(model.named_modules()).get(head)) is not nn.Linear:
             raise ValueError(f"head: expected the name of an nn.Linear in the model, got {head!r}, {type(layer).__name__}")
@@ -95,44 +103,49 @@ class Reprogrammed(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """O(f(I(x))); index int64 [B] chooses each sample's prompt where `inputs` has several."""
-        if self._folds():
-            head = self._folded_head()
-            return self._run(x, index, lambda x: self._with_head(head, x))
+        if self.head is not None and getattr(self.outputs, "foldable", False) and not torch.compiler.is_compiling():
+            weight, bias = self._folded_head(self.model.get_submodule(self.head))
+            return self._run(x, index, lambda x: nn.functional.linear(self._features(x), weight, bias))
         out = self.source_logits(x, index)
         return out if self.outputs is None else self.outputs(out)
 
-    def _folds(self) -> bool:
-        return self.head is not None and getattr(self.outputs, "foldable", False) and not torch.compiler.is_compiling()
+    def _features(self, x: Tensor) -> Tensor:
+        """What f's head reads. f stops there; the first time it runs on, to see that it returns what the head gives."""
+        given: list[tuple[Tensor, Tensor]] = []
+        thread = threading.get_ident()  # another thread that shares f is left alone
 
-    @torch.no_grad()
-    def _folded_head(self) -> dict[str, Tensor]:
-        """f's head with the map inside, by the names of its parameters."""
-        outputs: Any = self.outputs
-        layer: Any = self.model.get_submodule(str(self.head))
-        made_of = [t for t in (layer.weight, layer.bias, *outputs.buffers()) if t is not None]
-        # What was read is kept (an alias of it), so that its memory cannot be another tensor's by now.
-        stamps = [(t.data_ptr(), t.dtype, t.device, -1 if t.is_inference() else t._version) for t in made_of]
-        if self._folded is None or self._folded[0] != stamps or any(t.is_inference() for t in made_of):
-            weight, bias = outputs.fold(layer.weight, layer.bias)
-            head = {f"{self.head}.weight": weight} | ({} if bias is None else {f"{self.head}.bias": bias})
-            self._folded = (stamps, head, [t.detach() for t in made_of])
-        return self._folded[1]
+        def stop(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == thread:
+                raise _HeadReached(arguments[0])
 
-    def _with_head(self, head: dict[str, Tensor], x: Tensor) -> Any:
-        """f with another head, and its logits; the first time it is seen that f returns what the head gives."""
-        given: list[Any] = []
-        hook = None
-        if not self._head_is_last:
-            hook = self.model.get_submodule(str(self.head)).register_forward_hook(lambda *call: given.append(call[-1]))
+        head = self.model.get_submodule(str(self.head))
+        if self._head_is_last:
+            hook = head.register_forward_pre_hook(stop)
+        else:
+            hook = head.register_forward_hook(lambda layer, arguments, out: given.append((arguments[0], out)))
         try:
-            out = functional_call(self.model, head, (x,), tie_weights=False)
+            out = self.model(x)
+        except _HeadReached as reached:
+            return reached.features
         finally:
-            if hook is not None:
-                hook.remove()
-        if hook is not None and not (len(given) == 1 and given[0] is getattr(out, "logits", out)):
+            hook.remove()
+        if len(given) != 1 or given[0][1] is not getattr(out, "logits", out):
             raise ValueError(f"head: expected the layer whose output f returns as it is, got {self.head!r}")
         self._head_is_last = True
-        return out
+        return given[0][0]
+
+    @torch.inference_mode(False)  # what is kept must serve training too
+    @torch.no_grad()
+    def _folded_head(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """f's head with the map inside; made again when something that it is made of has changed or moved."""
+        outputs: Any = self.outputs
+        made_of = [t for t in (layer.weight, layer.bias, *outputs.buffers()) if t is not None]
+        known = not any(t.is_inference() for t in made_of)  # those do not tell when they change
+        stamps = [(t.data_ptr(), t.dtype, t.device, t._version if known else 0) for t in made_of]
+        if self._folded is None or not known or self._folded[0] != stamps:
+            # An alias of each is kept, so that its address cannot be another tensor's by now.
+            self._folded = (stamps, [t.detach() for t in made_of], outputs.fold(layer.weight, layer.bias))
+        return self._folded[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_folded": None}

@@ -83,6 +83,7 @@ def compare(
                     progress=False,
                 )  # fmt: skip
                 own["accuracy"].append(100 * evaluate(module, data["test"]))
+            bar.set_postfix_str(f"{name} {own['accuracy'][-1]:.2f} %")
             own["epoch"] += [row["seconds"] for row in rows]
             if getattr(labels, "refresh_every", None) is not None:
                 again = copy.deepcopy(module)

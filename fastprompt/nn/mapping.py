@@ -242,6 +242,7 @@ class _CountedMap(_Map):
     def _match(self, counts: Tensor) -> None:
         raise NotImplementedError
 
+    @torch.inference_mode(False)
     def reset_counts(self) -> None:
         """Starts counting from zero."""
         self.counts = torch.zeros(self._cells(), dtype=torch.int64, device=next(self.buffers()).device)
@@ -424,6 +425,7 @@ class LabelMap(_CountedMap):
             return functional.segments(self.index[:, None], self.num_source)
         return self._segments
 
+    @torch.inference_mode(False)
     def _update(self) -> None:
         """`Segments` of several sources a class: they are made on the host, so only when the index has changed."""
         self._segments, self._seen = None, _stamp(self.index)
