@@ -2,6 +2,7 @@
 
 A label map has one of three forms, each for one map or, with a `map_id` for every sample, for N:
 
+    identity     None                             class t reads source t
     one-to-one   index int64 [T] or [N, T]        class t reads source index[t]
     segmented    `Segments`, see `segments`       class t reads a list of sources and reduces them
     matrix       float [S, T] or [N, S, T]        class t reads a weighted sum of all sources
@@ -135,7 +136,7 @@ def stack_maps(maps: Sequence[Labels]) -> Labels:
 
 
 def map_labels(
-    scores: Tensor, labels: Labels, *, reduce: str | None = None, map_id: Tensor | None = None, of: str = "logits",
+    scores: Tensor, labels: Labels | None, *, reduce: str | None = None, map_id: Tensor | None = None, of: str = "logits",
     k: int | None = None, prior: Tensor | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Target scores from source scores: out[b, t] = reduce over the sources s of class t of v[b, s].
@@ -150,7 +151,7 @@ def map_labels(
 
     Args:
         scores: [B, S], floating point, any strides. NaN in, NaN out.
-        labels: int64 [T] or [N, T], `Segments`, or a floating point matrix [S, T] or [N, S, T]. A matrix and the weights of
+        labels: None, int64 [T] or [N, T], `Segments`, or a floating point matrix [S, T] or [N, S, T]. A matrix and the weights of
             `Segments` get a gradient if they require one. On a GPU an index out of range makes its column NaN and has no
             gradient (FASTPROMPT_CHECK=1 raises instead).
         reduce: of `Segments`: "mean" (default), "sum", "max" (the first of equals has the gradient), "first",
@@ -181,6 +182,8 @@ def map_labels(
             _explain(scores, labels)
             raise
         return out if of == "probabilities" else out.to(scores.dtype)
+    if path != "torch" and _has_kernel(labels, reduce):
+        return ops.by_kernels(scores, labels, map_id, prior, ops.Flags((), reduce, k, of == "probabilities"))
     return reference.map_labels(scores, labels, reduce=reduce, map_id=map_id, of=of, k=k, prior=prior)
 
 
@@ -204,7 +207,7 @@ def _gather(logits: Tensor, index: Tensor, reduce: str | None, k: int | None, im
 
 
 def mapped_cross_entropy(
-    scores: Tensor, labels: Labels, target: Tensor, *, reduce: str | None = None, map_id: Tensor | None = None,
+    scores: Tensor, labels: Labels | None, target: Tensor, *, reduce: str | None = None, map_id: Tensor | None = None,
     of: str = "logits", k: int | None = None, prior: Tensor | None = None, renormalize: bool = True,
     weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100, focal: float = 0.0,
     reduction: str = "mean", impl: str = "auto",
@@ -235,18 +238,26 @@ def mapped_cross_entropy(
     """
     reduce, path = _check_map(scores, labels, reduce, map_id, of, k, prior, impl)
     renormalize = renormalize or of == "logits"
-    _check_loss(scores, _classes(labels), target, weight, label_smoothing, focal, reduction)
+    _check_loss(scores, _classes(scores, labels), target, weight, label_smoothing, focal, reduction)
     if path == "cpu":
         if focal or not renormalize:
-            check_range("target", target, _classes(labels), ignored=ignore_index)
+            check_range("target", target, _classes(scores, labels), ignored=ignore_index)
         try:
             mapped = ops.map_cpu(scores, labels, reduce, map_id, of, k, prior)
             return ops.cross_entropy_cpu(mapped, target, weight, label_smoothing, ignore_index, focal, reduction, renormalize)
         except (IndexError, RuntimeError):  # PyTorch looks at the values itself, without saying which argument is wrong
             _explain(scores, labels)
-            check_range("target", target, _classes(labels), ignored=ignore_index)
+            check_range("target", target, _classes(scores, labels), ignored=ignore_index)
             raise
-    check_range("target", target, _classes(labels), ignored=ignore_index)
+    check_range("target", target, _classes(scores, labels), ignored=ignore_index)
+    if path != "torch":
+        flags = ops.Flags(
+            (), reduce, k, of == "probabilities", True, reduction, renormalize, label_smoothing, focal, ignore_index
+        )
+        if not _has_kernel(labels, reduce):  # the map by PyTorch, the loss by the kernels
+            scores = reference.map_labels(scores.float(), labels, reduce=reduce, map_id=map_id, of=of, k=k, prior=prior)
+            labels, map_id, prior, flags = None, None, None, flags._replace(reduce="first", probabilities=False)
+        return ops.by_kernels(scores, labels, map_id, prior, flags, target, weight)
     return reference.mapped_cross_entropy(
         scores, labels, target, reduce=reduce, map_id=map_id, of=of, k=k, prior=prior, renormalize=renormalize,
         weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, focal=focal, reduction=reduction,
@@ -396,8 +407,6 @@ def label_head(
     inner = columns.labels
     if isinstance(inner, tuple) and not isinstance(inner, Segments):
         scores, inner = map_labels(scores, inner[0], reduce="max", impl=impl), inner[1]
-    if inner is None:
-        inner = torch.arange(scores.shape[1], device=scores.device)
     loss: dict[str, Any] = {
         "renormalize": renormalize, "weight": class_weight, "label_smoothing": label_smoothing,
         "ignore_index": ignore_index, "focal": focal, "reduction": reduction,
@@ -410,7 +419,7 @@ def label_head(
 
 
 def _full_probabilities(
-    scores: Tensor, labels: Labels, target: Tensor | None, given: dict[str, Any], loss: dict[str, Any]
+    scores: Tensor, labels: Labels | None, target: Tensor | None, given: dict[str, Any], loss: dict[str, Any]
 ) -> Tensor:
     """Scores that are log-probabilities already: no softmax over the columns comes in between."""
     reduce, _ = _check_map(scores, labels, **given)
@@ -487,9 +496,9 @@ def count_labels_(counts: Tensor, logits: Tensor, target: Tensor, *, k: int | No
     same_device(logits, counts=counts, target=target)
     check_range("target", target, counts.shape[1], ignored=-100)
     path = path_of(impl, logits)
-    if path == "torch" or k is not None:
+    if path == "torch":
         return reference.count_labels_(counts, logits, target, k)
-    ops.count_labels_(counts, logits, target, path)
+    ops.count_labels_(counts, logits, target, k, path)
     return counts
 
 
@@ -545,7 +554,9 @@ def _what(x: object) -> str:
     return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _classes(labels: Labels) -> int:
+def _classes(scores: Tensor, labels: Labels | None) -> int:
+    if labels is None:
+        return scores.shape[1]
     return labels.num_classes if isinstance(labels, Segments) else labels.shape[-1]
 
 
@@ -556,7 +567,7 @@ def _check_scores(scores: Tensor, name: str = "scores") -> None:
         raise bad(name, "[B, S] with at least one source class", list(scores.shape))
 
 
-def _check_reduce(labels: Labels, reduce: str | None, of: str, k: int | None) -> str:
+def _check_reduce(labels: Labels | None, reduce: str | None, of: str, k: int | None) -> str:
     if not isinstance(labels, Segments):
         if reduce is not None:
             raise bad("reduce", "None, as the map is not Segments", repr(reduce))
@@ -573,7 +584,7 @@ def _check_reduce(labels: Labels, reduce: str | None, of: str, k: int | None) ->
 
 
 def _check_map(
-    scores: Tensor, labels: Labels, reduce: str | None, map_id: Tensor | None, of: str, k: int | None,
+    scores: Tensor, labels: Labels | None, reduce: str | None, map_id: Tensor | None, of: str, k: int | None,
     prior: Tensor | None, impl: str,
 ) -> tuple[str, str]:  # fmt: skip
     """The reduction, and the path. `Segments` were checked when they were made: their values are never looked at again."""
@@ -599,6 +610,8 @@ def _check_map(
             raise bad("labels", f"a matrix with a row for each of {sources} sources", list(labels.shape))
         same_device(scores, labels=labels)
         maps = labels.shape[0] if labels.dim() - wide == 2 else None
+    elif labels is None:
+        maps = None
     else:
         raise TypeError(f"labels: expected an int64 index, Segments or a matrix, got {type(labels).__name__}")
     if (maps is None) != (map_id is None):
@@ -622,7 +635,14 @@ def _check_map(
     return reduce, path
 
 
-def _explain(scores: Tensor, labels: Labels) -> None:
+def _has_kernel(labels: Labels | None, reduce: str) -> bool:
+    """A matrix product, and the gradient of weights, are PyTorch's."""
+    if isinstance(labels, Segments):
+        return reduce != "weighted" or labels.weights is None or not labels.weights.requires_grad
+    return labels is None or not labels.is_floating_point()
+
+
+def _explain(scores: Tensor, labels: Labels | None) -> None:
     """Raises if an index is out of range, where values are looked at."""
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         check_range("labels", labels.flatten(), scores.shape[1])

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +20,31 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastprompt import _runtime
 from fastprompt.reference import mapping as reference
 from fastprompt.reference.mapping import Labels, Segments
-from fastprompt.tuning.mapping import pick
+from fastprompt.tuning.mapping import Tile, pick, pick_segments
 
 if _runtime.HAS_TRITON:
     from fastprompt.kernels.mapping import backward as kernel_backward
     from fastprompt.kernels.mapping import count as kernel_count
     from fastprompt.kernels.mapping import forward as kernel_forward
+    from fastprompt.kernels.mapping import segments as kernel_segments
+    from fastprompt.kernels.mapping import segments_backward as kernel_segments_backward
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _library.define("map_labels(Tensor logits, Tensor index, bool differentiable) -> (Tensor, Tensor)")
 _library.define("map_labels_gradient(Tensor g, Tensor index, Tensor readers, SymInt sources) -> Tensor")
-_library.define("count_labels_(Tensor(a!) counts, Tensor logits, Tensor target, str impl) -> ()")
+_library.define("count_labels_(Tensor(a!) counts, Tensor logits, Tensor target, int? k, str impl) -> ()")
+_FLAGS = (
+    "int[] sizes, str reduce, int? k, bool probabilities, bool loss, str reduction, bool renormalize, float smoothing, "
+    "float focal, int ignore_index"
+)
+_library.define(
+    "map_segments(Tensor scores, Tensor[] map, Tensor? weights, Tensor? map_id, Tensor? prior, Tensor? target, "
+    f"Tensor? weight, bool differentiable, {_FLAGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "map_segments_gradient(Tensor g, Tensor scores, Tensor[] map, Tensor? weights, Tensor? map_id, Tensor? prior, "
+    f"Tensor? target, Tensor[] saved, {_FLAGS}) -> Tensor"
+)
 
 # ---- Triton ----
 
@@ -45,22 +60,127 @@ def _gradient_triton(g: Tensor, index: Tensor, readers: Tensor, sources: int) ->
     return kernel_backward.map_labels_gradient(g, index.contiguous(), readers, sources, launch)
 
 
-def _count_triton(counts: Tensor, logits: Tensor, target: Tensor, impl: str) -> None:
+def _count_triton(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, impl: str) -> None:
+    if k is not None:
+        reference.count_labels_(counts, logits, target, k)
+        return
     launch = pick("count", logits.shape[1], _runtime.arch(logits.device))
     kernel_count.count_labels_(counts, logits, target, launch)
+
+
+class Flags(NamedTuple):
+    """What a launch over segments is told, in the order of the schemas."""
+
+    sizes: tuple[int, ...]  # of `Segments`, from num_source to busiest; () for an index or identity
+    reduce: str
+    k: int | None
+    probabilities: bool
+    loss: bool = False
+    reduction: str = "none"
+    renormalize: bool = True
+    smoothing: float = 0.0
+    focal: float = 0.0
+    ignore_index: int = -100
+
+
+_inverted = WeakIdKeyDictionary()  # index -> (sources, version, segments)
+
+
+def _segments_of(parts: list[Tensor], weights: Tensor | None, sizes: tuple[int, ...], scores: Tensor) -> Segments:
+    """`Segments` from its tensors, from an index (found again as long as it does not change) or from nothing: identity."""
+    if not parts:
+        return _identity(scores.shape[1], scores.device)
+    if len(parts) > 1:
+        return Segments(*parts, weights, *sizes)  # type: ignore[arg-type, call-arg]
+    index = parts[0]
+    state = (scores.shape[1], _version(index))
+    known = _inverted.get(index)
+    if known is None or known[0] != state:
+        known = _inverted[index] = (state, _invert(index, scores.shape[1]))
+    return known[1]
+
+
+def _invert(index: Tensor, sources: int) -> Segments:
+    """An index [T] or [N, T] as segments, without a sync: readers that no source has are left out, out of range is kept."""
+    maps, classes = (1, *index.shape)[-2:]
+    members = index.reshape(-1)
+    count = torch.arange(max(maps * max(sources, classes), 1) + 1, device=index.device)
+    row = count[: maps * classes] // max(classes, 1)
+    key = torch.where((members >= 0) & (members < sources), row * sources + members, maps * sources)
+    key, order = key.sort(stable=True)
+    readers = torch.searchsorted(key, count[: maps * sources + 1])
+    owner = count[: maps * classes] % max(classes, 1)
+    return Segments(members, count[: maps * classes + 1], order, readers, owner, None, sources, classes, maps, 1, min(classes, 2))
+
+
+@lru_cache(maxsize=64)
+def _identity(classes: int, device: torch.device) -> Segments:
+    return _invert(torch.arange(classes, device=device), classes)
+
+
+def _segments_triton(scores, parts, weights, map_id, prior, target, weight, differentiable, *flags):  # type: ignore[no-untyped-def]
+    f = Flags(*flags)
+    seg = _segments_of(parts, weights, f.sizes, scores)
+    launch = _pick_segments("forward", scores, seg.num_classes, seg.longest, f)
+    return kernel_segments.reduce_segments(
+        scores, seg, map_id, prior, target, weight, differentiable=differentiable, launch=launch, **_kernel_flags(f)
+    )
+
+
+def _segments_gradient_triton(g, scores, parts, weights, map_id, prior, target, saved, *flags):  # type: ignore[no-untyped-def]
+    f = Flags(*flags)
+    seg = _segments_of(parts, weights, f.sizes, scores)
+    launch = _pick_segments("gradient", scores, seg.num_classes, seg.longest, f)
+    given = _kernel_flags(f)
+    for name in ("reduction", "smoothing", "focal"):
+        given.pop(name)
+    return kernel_segments_backward.reduce_segments_gradient(
+        g, scores, seg, map_id, prior, target, *saved, launch=launch, **given
+    )
+
+
+def _kernel_flags(f: Flags) -> dict[str, Any]:
+    return {name: value for name, value in f._asdict().items() if name != "sizes"}
+
+
+def _pick_segments(kernel: str, scores: Tensor, classes: int, longest: int, f: Flags, batch: int | None = None) -> Tile:
+    return pick_segments(
+        kernel, batch=scores.shape[0] if batch is None else batch, sources=scores.shape[1], classes=classes,
+        longest=1 if f.reduce == "first" else longest, probabilities=f.probabilities, loss=f.loss,
+        arch=_runtime.arch(scores.device),
+    )  # fmt: skip
 
 
 # ---- CPU ----
 
 
-def _count_cpu(counts: Tensor, logits: Tensor, target: Tensor, impl: str) -> None:
+def _count_cpu(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, impl: str) -> None:
     if impl == "triton":
-        _count_triton(counts, logits, target, impl)
+        _count_triton(counts, logits, target, k, impl)
     elif len(logits):
-        # NumPy's arg-max has the same rules as PyTorch's and is several times faster on a core.
-        source, labels = logits.detach().float().numpy().argmax(1), target.numpy()
-        known = (labels >= 0) & (labels < counts.shape[1])
-        np.add.at(counts.view(-1).numpy(), (source * counts.shape[1] + labels)[known], 1)
+        labels, classes = target.numpy(), counts.shape[1]
+        known = (labels >= 0) & (labels < classes)
+        logits = logits.detach().float()
+        amount: Any = 1
+        if k is None:
+            # NumPy's arg-max has the same rules as PyTorch's and is several times faster on a core.
+            cells = (logits.numpy().argmax(1) * classes + labels)[known]
+        else:
+            at = _top(logits, k)
+            share = (logits.softmax(1).gather(1, at).double() * reference.COUNT_UNIT).nan_to_num_(0.0).round_()
+            cells = (at.numpy() * classes + labels[:, None])[known]
+            amount = share.long().numpy()[known]
+        np.add.at(counts.view(-1).numpy(), cells, amount)
+
+
+def _top(x: Tensor, k: int) -> Tensor:
+    """The places of the k largest of every row, the first of equals."""
+    values, at = x.topk(k, 1)
+    # Rows in which torch.topk had a choice that it does not promise to make in the same way
+    tied = np.flatnonzero(((x >= values[:, -1:]).sum(1) != k).numpy())
+    if len(tied):
+        at[tied] = x[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return at
 
 
 # ---- Registration ----
@@ -79,13 +199,42 @@ def _gradient_fake(g: Tensor, index: Tensor, readers: Tensor, sources: int) -> T
     return g.new_empty((g.shape[0], sources))
 
 
-def _count_fake(counts: Tensor, logits: Tensor, target: Tensor, impl: str) -> None:
+def _count_fake(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, impl: str) -> None:
     return None
+
+
+def _segments_fake(scores, parts, weights, map_id, prior, target, weight, differentiable, *flags):  # type: ignore[no-untyped-def]
+    f = Flags(*flags)
+    classes, longest = (f.sizes[1], f.sizes[3]) if f.sizes else ((parts[0] if parts else scores).shape[-1], 1)
+    reduce = "sum" if longest == 1 and f.reduce != "weighted" else f.reduce
+    alone = classes <= _pick_segments("forward", scores, int(classes), longest, f, batch=1).CLASSES
+    needs_z = differentiable and (reduce == "logsumexp" or (f.probabilities and reduce not in ("first", "max")))
+    value_dtype = torch.float32 if f.probabilities else scores.dtype
+    batch = scores.shape[0]
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return scores.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    return (
+        empty(not f.loss, batch, classes, dtype=value_dtype),
+        empty(f.loss, *((batch,) if f.reduction == "none" else ())),
+        empty(f.loss and f.reduction == "mean"),
+        empty(differentiable and f.probabilities, batch, 2),
+        empty((f.loss and (needs_z or not alone)) or (needs_z and value_dtype != torch.float32), batch, classes),
+        empty(differentiable and reduce in ("max", "top-k mean"), batch, classes, dtype=torch.int32),
+        empty(differentiable and f.loss, batch, classes),
+    )
+
+
+def _segments_gradient_fake(g, scores, *rest):  # type: ignore[no-untyped-def]
+    return scores.new_empty(scores.shape)
 
 
 for _name, _triton, _cpu, _fake in (
     ("map_labels", _forward_triton, _forward_triton, _forward_fake),
     ("map_labels_gradient", _gradient_triton, _gradient_triton, _gradient_fake),
+    ("map_segments", _segments_triton, _segments_triton, _segments_fake),
+    ("map_segments_gradient", _segments_gradient_triton, _segments_gradient_triton, _segments_gradient_fake),
     ("count_labels_", _count_triton, _count_cpu, _count_fake),
 ):
     _library.impl(_name, _runtime.on_its_device(_triton), "CUDA")
@@ -94,6 +243,8 @@ for _name, _triton, _cpu, _fake in (
 
 _forward = torch.ops.fastprompt.map_labels.default
 _gradient = torch.ops.fastprompt.map_labels_gradient.default
+_segments = torch.ops.fastprompt.map_segments.default
+_segments_gradient = torch.ops.fastprompt.map_segments_gradient.default
 count_labels_ = torch.ops.fastprompt.count_labels_.default
 
 
@@ -113,6 +264,39 @@ class MapLabels(torch.autograd.Function):
             raise RuntimeError(_NO_SECOND.format("map_labels"))
         index, readers = ctx.saved_tensors
         return _gradient(g, index, readers, ctx.sources), None, None
+
+
+class ReduceSegments(torch.autograd.Function):
+    """A map, or its loss, by the kernels over segments, with a gradient for the scores."""
+
+    @staticmethod
+    def forward(ctx, scores, differentiable, weights, map_id, prior, target, weight, flags, *parts):  # type: ignore[no-untyped-def]
+        out, losses, *saved = _segments(scores, list(parts), weights, map_id, prior, target, weight, differentiable, *flags)
+        if differentiable:
+            ctx.save_for_backward(scores, weights, map_id, prior, target, out, *saved, *parts)
+            ctx.flags = flags
+        return losses if flags.loss else out
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise RuntimeError(_NO_SECOND.format("mapped_cross_entropy" if ctx.flags.loss else "map_labels"))
+        scores, weights, map_id, prior, target, *rest = ctx.saved_tensors
+        d = _segments_gradient(g, scores, rest[6:], weights, map_id, prior, target, rest[:6], *ctx.flags)
+        return d, *[None] * (7 + len(rest[6:]))
+
+
+def by_kernels(
+    scores: Tensor, labels: Labels | None, map_id: Tensor | None, prior: Tensor | None, flags: Flags,
+    target: Tensor | None = None, weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A map, or its loss, in the kernels: identity, an index or `Segments` with weights that are constant."""
+    weights, parts = None, () if labels is None else (labels,)
+    if isinstance(labels, Segments):
+        weights = labels.weights if flags.reduce == "weighted" else None
+        parts, flags = labels[:5], flags._replace(sizes=labels[6:])  # type: ignore[assignment]
+    differentiable = scores.requires_grad and torch.is_grad_enabled()
+    return ReduceSegments.apply(scores, differentiable, weights, map_id, prior, target, weight, flags, *parts)
 
 
 # ---- Segments on a CPU: gathers there and back, no scatter where no two classes share a source ----
@@ -149,6 +333,7 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
+@torch.inference_mode(False)
 def _make_plan(seg: Segments) -> Plan:
     maps, classes, longest, sources = seg.num_maps, seg.num_classes, seg.longest, seg.num_source
     size = seg.starts.diff().view(maps, classes)
@@ -183,7 +368,7 @@ def _plain(
 
 
 def map_cpu(
-    scores: Tensor, labels: Labels, reduce: str, map_id: Tensor | None, of: str, k: int | None, prior: Tensor | None
+    scores: Tensor, labels: Labels | None, reduce: str, map_id: Tensor | None, of: str, k: int | None, prior: Tensor | None
 ) -> Tensor:
     """`reference.map_labels` of at most 32 bits in float32, differentiable."""
     logarithms = of == "probabilities"
@@ -191,6 +376,8 @@ def map_cpu(
         scores = scores.float().log_softmax(1)
         prior = prior if prior is None else prior.log()
     prior = prior if prior is None else prior.float()
+    if labels is None:
+        return scores.float() if prior is None else scores.float() - prior
     if isinstance(labels, Segments):
         if labels.num_maps == 1:
             map_id = None

@@ -2,6 +2,7 @@
 
 A map takes S source classes to T target classes, in one of three forms, or N of a form with a `map_id` for every sample:
 
+    identity     None                             out = v
     one-to-one   index int64 [T] or [N, T]        out[b, t] = v[b, index[t]]
     segmented    `Segments`                       out[b, t] = reduce over the entries e of class t of v[b, members[e]]
     matrix       float [S, T] or [N, S, T]        out = v @ matrix
@@ -72,7 +73,7 @@ def segments(members: Tensor, starts: Tensor, sources: int, maps: int = 1, weigh
 
 
 def map_labels(
-    scores: Tensor, labels: Labels, *, reduce: str = "mean", map_id: Tensor | None = None, of: str = "logits",
+    scores: Tensor, labels: Labels | None, *, reduce: str = "mean", map_id: Tensor | None = None, of: str = "logits",
     k: int | None = None, prior: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """scores [B, S] -> [B, T]: of logits in the dtype of the scores, of probabilities float32 at least.
@@ -93,8 +94,12 @@ def source_values(scores: Tensor, prior: Tensor | None, of: str) -> Tensor:
     return scores if prior is None else scores - prior.to(scores.dtype)
 
 
-def reduce_values(values: Tensor, labels: Labels, reduce: str, map_id: Tensor | None, k: int | None, logarithms: bool) -> Tensor:
+def reduce_values(
+    values: Tensor, labels: Labels | None, reduce: str, map_id: Tensor | None, k: int | None, logarithms: bool
+) -> Tensor:
     """The map of values [B, S]; where they are logarithms, the logarithm of the map of what they are the logarithms of."""
+    if labels is None:
+        return values
     known = None
     if map_id is not None:
         maps = labels.num_maps if isinstance(labels, Segments) else labels.shape[0]
@@ -188,7 +193,7 @@ def _log_sum_exp(x: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def mapped_cross_entropy(
-    scores: Tensor, labels: Labels, target: Tensor, *, reduce: str = "mean", map_id: Tensor | None = None,
+    scores: Tensor, labels: Labels | None, target: Tensor, *, reduce: str = "mean", map_id: Tensor | None = None,
     of: str = "logits", k: int | None = None, prior: Tensor | None = None, renormalize: bool = True,
     weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100, focal: float = 0.0,
     reduction: str = "mean",
