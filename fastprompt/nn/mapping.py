@@ -723,7 +723,7 @@ class LinearMap(_Map):
         rank: W = up @ down through so many dimensions, rank (S + T) parameters. None: W itself, S T of them.
         bias: whether b is trained (from 0) or absent.
         init: "normal": standard deviation 1 / sqrt(inputs) for each factor; "identity": W[t, t] = 1 and 0 elsewhere, class t
-            starts as source t; or a tensor [T, S]. The last two are for the whole matrix (no rank), "identity" for "free".
+            starts as source t; or a tensor [T, S]. The last two have no rank, and "identity" is for "free".
 
     Attributes:
         weight: parameter [T, S]; with rank `down` [rank, S] and `up` [T, rank] instead. bias: parameter [T] or None.
@@ -740,15 +740,15 @@ class LinearMap(_Map):
         if rank is not None and not 1 <= rank <= min(num_source, num_classes):
             raise bad("rank", f"None, or 1 to {min(num_source, num_classes)}", rank)
         self.rank = rank
-        given = isinstance(init, Tensor)
-        self.init = "normal" if given else one_of("init", init, ("normal", "identity"))  # type: ignore[arg-type]
-        if (given or init == "identity") and rank is not None:
-            raise bad("init", '"normal" with a rank', "a tensor" if given else repr(init))
-        if init == "identity" if not given else False:
-            if weight != "free":
-                raise bad("init", '"normal" or a tensor with weight="sigmoid", which is never 0 or 1', repr(init))
-            if num_classes > num_source:
-                raise bad("init", f'another than "identity" for {num_classes} classes of {num_source} sources', repr(init))
+        if isinstance(init, Tensor):
+            shape = [num_classes, num_source]
+            if rank is not None or list(init.shape) != shape or not init.is_floating_point():
+                raise bad("init", f"a floating point {shape}, and no rank", f"{init.dtype} {list(init.shape)}, rank={rank}")
+        elif one_of("init", init, ("normal", "identity")) == "identity" and (
+            rank is not None or weight != "free" or num_classes > num_source
+        ):
+            raise bad("init", '"normal", or "identity" for a free matrix without rank and T <= S', repr(init))
+        self.init = "normal" if isinstance(init, Tensor) else init
         if rank is None:
             self.weight = nn.Parameter(torch.empty(num_classes, num_source))
         else:
@@ -756,10 +756,7 @@ class LinearMap(_Map):
             self.up = nn.Parameter(torch.empty(num_classes, rank))
         self.bias = nn.Parameter(torch.empty(num_classes)) if bias else None
         self.reset_parameters()
-        if given:
-            assert isinstance(init, Tensor)
-            if init.shape != self.weight.shape or not init.is_floating_point():
-                raise bad("init", f"a floating point [{num_classes}, {num_source}]", f"{init.dtype} {list(init.shape)}")
+        if isinstance(init, Tensor):
             with torch.no_grad():
                 self.weight.copy_(init)
 
