@@ -297,6 +297,7 @@ class LabelMap(_CountedMap):
 
     `fastprompt.fit` does so by `refresh_every`. Choosing a template a class for CLIP (ILM-VP) is a map over all templates'
     texts, num_source = templates * classes; between refreshes `label_map.fold(text_features)` gives the T chosen rows.
+    Under DistributedDataParallel all ranks refresh, or load, the same map: rank 0 alone would leave the others behind.
 
     Taxonomy: statistical where it is counted, else structural (surveys also file the random map under statistical).
 
@@ -701,7 +702,7 @@ class AttributeMap(_Map):
 
     def dense(self) -> Tensor:
         """Float [S, T]: what each class could read of each attribute, were all of a class as good as each other."""
-        own = torch.eye(self.num_classes).repeat_interleave(self.attributes, 0) / self.attributes
+        own = torch.eye(self.num_classes, device=self._segments.members.device).repeat_interleave(self.attributes, 0) / self.attributes
         return torch.cat([self.alpha * own, (1 - self.alpha) * own])
 
 
