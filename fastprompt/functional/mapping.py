@@ -243,8 +243,8 @@ def mapped_cross_entropy(
         if focal or not renormalize:
             check_range("target", target, _classes(scores, labels), ignored=ignore_index)
         try:
-            mapped = ops.map_cpu(scores, labels, reduce, map_id, of, k, prior)
-            return ops.cross_entropy_cpu(mapped, target, weight, label_smoothing, ignore_index, focal, reduction, renormalize)
+            loss = ops.Loss(target, weight, label_smoothing, ignore_index, focal, reduction, renormalize)
+            return ops.map_cpu(scores, labels, reduce, map_id, of, k, prior, loss)
         except (IndexError, RuntimeError):  # PyTorch looks at the values itself, without saying which argument is wrong
             _explain(scores, labels)
             check_range("target", target, _classes(scores, labels), ignored=ignore_index)
