@@ -157,7 +157,7 @@ class _Map(nn.Module):
         return matrix
 
     def plot(self, source_names: Sequence[str] | None = None, target_names: Sequence[str] | None = None, ax: Any = None) -> Any:
-        """A heat map of `dense()`: a row a source that is read (at most 40, those with the largest weight), a column a class.
+        """A heat map of `dense()`: a row a source that is read (at most 40, the strongest of every class), a column a class.
 
         Args:
             source_names, target_names: one a source, one a class; default are their numbers.
@@ -180,8 +180,9 @@ class _Map(nn.Module):
             if names is not None and len(names) != count:
                 raise bad(argument, f"{count} names", len(names))
         matrix = self.dense().cpu().float()
-        strength = matrix.abs().amax(1)
-        rows = strength.argsort(descending=True, stable=True)[: min(_SHOWN, int(strength.count_nonzero()))]
+        rank = matrix.abs().argsort(dim=0, descending=True, stable=True).argsort(0)  # of a source among those of a class
+        best = torch.where(matrix != 0, rank, self.num_source).amin(1)
+        rows = best.argsort(stable=True)[: min(_SHOWN, int((best < self.num_source).sum()))]
         rows = rows[matrix[rows].abs().argmax(1).argsort(stable=True)]  # the sources of class 0 first: a diagonal to the eye
         if ax is None:
             _, ax = pyplot.subplots(figsize=(2 + 0.3 * self.num_classes, 2 + 0.22 * len(rows)), layout="constrained")
@@ -702,7 +703,8 @@ class AttributeMap(_Map):
 
     def dense(self) -> Tensor:
         """Float [S, T]: what each class could read of each attribute, were all of a class as good as each other."""
-        own = torch.eye(self.num_classes, device=self._segments.members.device).repeat_interleave(self.attributes, 0) / self.attributes
+        own = torch.eye(self.num_classes, device=self._segments.members.device) / self.attributes
+        own = own.repeat_interleave(self.attributes, 0)
         return torch.cat([self.alpha * own, (1 - self.alpha) * own])
 
 
