@@ -163,9 +163,13 @@ def test_demo_runs_through_quickly(tmp_path, capsys):
         run(tmp_path, seeds=0)
 
 
-def test_alignments_are_compared(tmp_path, capsys):
+def test_alignments_are_compared(tmp_path, capsys, monkeypatch):
+    from fastprompt.__main__ import main
+    from fastprompt.demo import compare as module
     from fastprompt.demo.compare import ALIGNMENTS, compare
 
+    few = {name: (x[:64], y[:64]) for name, (x, y) in load_digits().items()}
+    monkeypatch.setattr(module, "load_digits", lambda: few)
     table = compare(tmp_path, ["linear", "blm+", "frequent"], seeds=1, device="cpu", quick=True)
     assert list(table) == ["frequent", "blm+", "linear"]
     assert table["linear"]["trained"] > table["blm+"]["trained"] == table["frequent"]["trained"]
@@ -178,3 +182,6 @@ def test_alignments_are_compared(tmp_path, capsys):
         compare(tmp_path, ["best"])
     with pytest.raises(ValueError, match="seeds: expected at least 1, got 0"):
         compare(tmp_path, ["all"], seeds=0)
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert set(ALIGNMENTS) <= set(capsys.readouterr().out.split())
