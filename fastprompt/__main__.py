@@ -16,6 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", default="fastprompt-demo", help="folder for pictures and checkpoint (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=3, help="how many seeds to average over (default: %(default)s)")
     demo.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    demo.add_argument(
+        "--alignment", nargs="+", metavar="NAME",
+        help="compare output alignments instead, accuracy and cost: all, or some of random first frequent iterative optimal "
+        "many-to-one blm blm+ linear",
+    )  # fmt: skip
     commands.add_parser("methods", help="list the methods and where they lie in the taxonomy")
     options = parser.parse_args(arguments)
     # torch is imported inside the commands: --help answers at once.
@@ -27,9 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `fastprompt methods | head`: nobody reads on, and Python's last flush must not fail either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    from fastprompt.demo.compare import compare
     from fastprompt.demo.run import run
 
     try:
+        if options.alignment:
+            compare(options.out, options.alignment, seeds=options.seeds, device=options.device)
+            return 0
         run(options.out, seeds=options.seeds, device=options.device)
     except (ImportError, ValueError, OSError) as error:
         print(f"fastprompt demo: {error}", file=sys.stderr)

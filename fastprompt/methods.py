@@ -13,7 +13,18 @@ from typing import Any
 
 from torch import nn
 
-from fastprompt.nn import FramePrompt, LabelMap, MaskedPrompt, PaddedPrompt, PatchPrompt, SeriesPrompt
+from fastprompt.nn import (
+    AttributeMap,
+    BayesianMap,
+    DescriptionMap,
+    FramePrompt,
+    LabelMap,
+    LinearMap,
+    MaskedPrompt,
+    PaddedPrompt,
+    PatchPrompt,
+    SeriesPrompt,
+)
 from fastprompt.reprogram import Reprogrammed
 from fastprompt.taxonomy import Place
 
@@ -26,12 +37,12 @@ class Method:
     paper: str
     summary: str
     inputs: Callable[..., nn.Module]
-    labels: str | None  # the method of a `LabelMap`, None reads f's outputs as they are
+    labels: Callable[..., nn.Module] | None  # from (S, T) to the output module; None reads f's outputs as they are
 
     def place(self) -> Place:
         """Where it lies, read off a small example of its modules."""
         example = {"length": 8, "series_length": 2} if self.inputs is _series else {"canvas": 8, "image_size": 4}
-        outputs = None if self.labels is None else LabelMap(4, 2, method=self.labels)
+        outputs = None if self.labels is None else self.labels(4, 2)
         return Reprogrammed(nn.Identity(), self.inputs(**example), outputs).taxonomy
 
 
@@ -61,37 +72,85 @@ def _series(length: int, series_length: int, **options: Any) -> nn.Module:
     return SeriesPrompt(length, series_length, **options)
 
 
+def _labels(method: str, **fixed: Any) -> Callable[..., nn.Module]:
+    return lambda sources, classes, **options: LabelMap(sources, classes, method, **(fixed | options))
+
+
+def _map(kind: type[nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
+    return lambda sources, classes, **options: kind(sources, classes, **(fixed | options))
+
+
+def _groups(sources: int, classes: int, **options: Any) -> nn.Module:
+    """All sources, in equal groups: the mean of their probabilities."""
+    settings: dict[str, Any] = {"sources_per_class": sources // max(classes, 1), "of": "probabilities"} | options
+    return LabelMap(sources, classes, "groups", **settings)
+
+
+def _bar(sources: int, classes: int, **options: Any) -> nn.Module:
+    """Six sources a class, as in the paper's code, or as many as there are: the mean of their probabilities."""
+    settings: dict[str, Any] = {"sources_per_class": min(6, sources // max(classes, 1)), "of": "probabilities"} | options
+    return LabelMap(sources, classes, "frequent", **settings)
+
+
+def _per_class(sources: int, classes: int, sets: int = 1) -> int:
+    """How many descriptions or attributes a class has, when the sources are those of all classes."""
+    if sources % (sets * classes):
+        raise ValueError(f"num_source: expected a multiple of {sets * classes}, {sets} for each class, got {sources}")
+    return sources // (sets * classes)
+
+
+def _attributes(sources: int, classes: int, **options: Any) -> nn.Module:
+    return AttributeMap(classes, _per_class(sources, classes, 2), **options)
+
+
+def _descriptions(sources: int, classes: int, **options: Any) -> nn.Module:
+    """For three prompts, one a cause; for v of them build with prompts=v and labels={"prompts": v}."""
+    return DescriptionMap(classes, _per_class(sources, classes), **({"prompts": 3} | options))
+
+
 _ILM, _VP = "Chen et al. 2023, arXiv 2211.11635", "Bahng et al. 2022, arXiv 2203.17274"
 _AR, _SMM = "Elsayed et al. 2019, arXiv 1806.11146", "Cai et al. 2024, arXiv 2406.03150"
 _AUTOVP, _BLM = "Tsao et al. 2024, arXiv 2310.08381", "Cai et al. 2024, arXiv 2410.24018"
-_V2S = "Yang et al. 2021, arXiv 2106.09296"
+_V2S, _BAR = "Yang et al. 2021, arXiv 2106.09296", "Tsai et al. 2020, arXiv 2007.08714"
+_ATTRVR, _DVP = "Cai et al. 2025, arXiv 2501.13982", "Cai et al. 2025, arXiv 2506.01000"
+_SCALED = _padded("sigmoid", trainable_scale=True)
 
 METHODS = {
     method.name: method
     for method in (
-        Method("rlm-vp", _ILM, "padded prompt, random label map", _padded("sigmoid"), "random"),
-        Method("flm-vp", _ILM, "padded prompt, frequent label map", _padded("sigmoid"), "frequent"),
-        Method("ilm-vp", _ILM, "padded prompt, iterative label map", _padded("sigmoid"), "iterative"),
-        Method("ar", _AR, "padded tanh(W * M), fixed label map", _padded("tanh", True), "random"),
-        Method("autovp", _AUTOVP, "padded prompt, trained image scale", _padded("sigmoid", trainable_scale=True), "iterative"),
-        Method("smm", _SMM, "sample-specific masks of one pattern", _full(MaskedPrompt), "iterative"),
+        Method("rlm-vp", _ILM, "padded prompt, random label map", _padded("sigmoid"), _labels("random")),
+        Method("flm-vp", _ILM, "padded prompt, frequent label map", _padded("sigmoid"), _labels("frequent")),
+        Method("ilm-vp", _ILM, "padded prompt, iterative label map", _padded("sigmoid"), _labels("iterative")),
+        Method("blm", _BLM, "padded prompt, Bayesian label map", _padded("sigmoid"), _map(BayesianMap)),
+        Method("blm+", _BLM, "padded prompt, Bayesian map of top-k", _padded("sigmoid"), _map(BayesianMap, top=0.15)),
+        Method("ar", _AR, "padded tanh(W * M), the first classes", _padded("tanh", True), _labels("first")),
+        Method("bar", _BAR, "padded tanh(W * M), several labels", _padded("tanh", True), _bar),
+        Method("autovp", _AUTOVP, "padded prompt, trained image scale", _SCALED, _labels("iterative")),
+        Method("autovp-fc", _AUTOVP, "the same, trained map", _SCALED, _map(LinearMap)),
+        Method("smm", _SMM, "sample-specific masks of one pattern", _full(MaskedPrompt), _labels("iterative")),
         Method("vp", _VP, "frame of 30 pixels on the image", _full(FramePrompt, 30, init="normal"), None),
         Method("vp-patch", _VP, "patch at a random place", _patch, None),
-        Method("watermark", _BLM, "prompt on the whole image", _full(FramePrompt, None), "iterative"),
-        Method("voice2series", _V2S, "tiled series, prompt in the gaps", _series, "random"),
+        Method("watermark", _BLM, "prompt on the whole image", _full(FramePrompt, None), _labels("iterative")),
+        Method("voice2series", _V2S, "tiled series, groups of labels", _series, _groups),
+        Method("attrvr", _ATTRVR, "padded prompt, the best attributes", _padded("sigmoid"), _attributes),
+        Method("dvp", _DVP, "a prompt a cause, description weights", _padded("sigmoid", prompts=3), _descriptions),
     )
 }
 
 
 def build(
-    name: str, model: nn.Module, *, num_source: int | None = None, num_classes: int | None = None, **options: Any
-) -> Reprogrammed:
+    name: str, model: nn.Module, *, num_source: int | None = None, num_classes: int | None = None,
+    labels: dict[str, Any] | None = None, head: str | None = None, **options: Any,
+) -> Reprogrammed:  # fmt: skip
     """A frozen model reprogrammed by a named method (`fastprompt methods` lists them).
 
     Args:
         name: such as "ilm-vp".
         model: f; it is frozen in place.
-        num_source, num_classes: S of the source labels and T of the target, for methods with a label map.
+        num_source, num_classes: S of the source labels and T of the target, for methods with a label map. For "attrvr" and
+            "dvp" sources are the texts of all classes.
+        labels: options of the output module, such as {"sources_per_class": 3}.
+        head: of `Reprogrammed`.
         options: of the method's input module: canvas and image_size (or length and series_length), mean, std, ...
     """
     if name not in METHODS:
@@ -101,8 +160,8 @@ def build(
     if method.labels is not None:
         if num_source is None or num_classes is None:
             raise ValueError(f"num_source, num_classes: expected both for {name}, got {num_source} and {num_classes}")
-        outputs = LabelMap(num_source, num_classes, method=method.labels)
-    return Reprogrammed(model, method.inputs(**options), outputs)
+        outputs = method.labels(num_source, num_classes, **(labels or {}))
+    return Reprogrammed(model, method.inputs(**options), outputs, head=head)
 
 
 def table() -> str:

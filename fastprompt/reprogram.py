@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastprompt import checkpoint
@@ -18,25 +21,45 @@ from fastprompt.checkpoint import CheckpointError
 from fastprompt.taxonomy import Alignment, Place
 
 
+class _HeadReached(Exception):
+    """Ends a forward of f at its head."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__("f has reached its head")
+        self.features = features
+
+
 class Reprogrammed(nn.Module):
     """Freezes f, puts `inputs` in front of it and `outputs` behind it.
 
     The model stays in eval mode and without gradients whatever `train()` says; only the prompt, and what the alignment
-    trains, is in `trainable_parameters()` and in `state_dict()`. Nothing is cached between calls.
+    trains, is in `trainable_parameters()` and in `state_dict()`. Nothing is cached between calls but the folded head.
+
+    With `head`, a map that is linear in the logits (a `LabelMap` of logits, a `BayesianMap`, ...) is folded into that layer
+    (`map.fold`), so that T columns are computed in place of S: the same numbers up to rounding. f is not changed, it stops at
+    its head; `source_logits`, which counting reads, runs all of it. The folded head is made again when the map or the head
+    has changed or moved. Under torch.compile the map is applied behind f.
 
     Args:
         model: f, from the model input [B, C, H, W] to logits [B, S] (or an object with `.logits`). It is frozen in place.
         inputs: a module from the data to the model input, such as `PaddedPrompt`; None passes the data on.
         outputs: a module from source logits to target logits, such as `LabelMap`; None reads f's outputs as they are.
+        head: the name of f's last layer, an nn.Linear whose output f returns, such as "fc".
     """
 
-    def __init__(self, model: nn.Module, inputs: nn.Module | None = None, outputs: nn.Module | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: nn.Module | None = None, outputs: nn.Module | None = None, *, head: str | None = None
+    ) -> None:
         super().__init__()
         for name, part in (("model", model), ("inputs", inputs), ("outputs", outputs)):
             if not (isinstance(part, nn.Module) or (part is None and name != "model")):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(part).__name__}")
         self.model = model.requires_grad_(False).eval()
-        self.inputs, self.outputs = inputs, outputs
+        self.inputs, self.outputs, self.head = inputs, outputs, head
+        self._folded: tuple[list[Any], list[Tensor], tuple[Tensor, Tensor | None]] | None = None
+        self._head_is_last = False  # not seen yet
+        if head is not None and type(layer := dict(model.named_modules()).get(head)) is not nn.Linear:
+            raise ValueError(f"head: expected the name of an nn.Linear in the model, got {head!r}, {type(layer).__name__}")
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_forgive_frozen)
 
@@ -68,17 +91,64 @@ class Reprogrammed(nn.Module):
 
     def source_logits(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """f(I(x)): [B, S], or [K, B, S] when K prompts are applied to every sample."""
+        return self._run(x, index, self.model)
+
+    def _run(self, x: Tensor, index: Tensor | None, model: Callable[[Tensor], Any]) -> Tensor:
         if self.inputs is not None:
             x = self.inputs(x) if index is None else self.inputs(x, index)
         lead = x.shape[:-3] if x.dim() == 5 else None
-        out = self.model(x if lead is None else x.flatten(0, 1))
+        out = model(x if lead is None else x.flatten(0, 1))
         out = getattr(out, "logits", out)
         return out if lead is None else out.unflatten(0, lead)
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """O(f(I(x))); index int64 [B] chooses each sample's prompt where `inputs` has several."""
+        if self.head is not None and getattr(self.outputs, "foldable", False) and not torch.compiler.is_compiling():
+            weight, bias = self._folded_head(self.model.get_submodule(self.head))
+            return self._run(x, index, lambda x: nn.functional.linear(self._features(x), weight, bias))
         out = self.source_logits(x, index)
         return out if self.outputs is None else self.outputs(out)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """What f's head reads. f stops there; the first time it runs on, to see that it returns what the head gives."""
+        given: list[tuple[Tensor, Tensor]] = []
+        thread = threading.get_ident()  # another thread that shares f is left alone
+
+        def stop(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == thread:
+                raise _HeadReached(arguments[0])
+
+        head = self.model.get_submodule(str(self.head))
+        if self._head_is_last:
+            hook = head.register_forward_pre_hook(stop)
+        else:
+            hook = head.register_forward_hook(lambda layer, arguments, out: given.append((arguments[0], out)))
+        try:
+            out = self.model(x)
+        except _HeadReached as reached:
+            return reached.features
+        finally:
+            hook.remove()
+        if len(given) != 1 or given[0][1] is not getattr(out, "logits", out):
+            raise ValueError(f"head: expected the layer whose output f returns as it is, got {self.head!r}")
+        self._head_is_last = True
+        return given[0][0]
+
+    @torch.inference_mode(False)  # what is kept must serve training too
+    @torch.no_grad()
+    def _folded_head(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """f's head with the map inside; made again when something that it is made of has changed or moved."""
+        outputs: Any = self.outputs
+        made_of = [t for t in (layer.weight, layer.bias, *outputs.buffers()) if t is not None]
+        known = not any(t.is_inference() for t in made_of)  # those do not tell when they change
+        stamps = [(t.data_ptr(), t.dtype, t.device, t._version if known else 0) for t in made_of]
+        if self._folded is None or not known or self._folded[0] != stamps:
+            # An alias of each is kept, so that its address cannot be another tensor's by now.
+            self._folded = (stamps, [t.detach() for t in made_of], outputs.fold(layer.weight, layer.bias))
+        return self._folded[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_folded": None}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `fastprompt_config.json` and `fastprompt.safetensors`; a checkpoint already there survives a failure."""
@@ -86,7 +156,8 @@ class Reprogrammed(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The composition as data: classes of `fastprompt.nn` by name with their arguments."""
-        return {"inputs": _describe(self.inputs), "outputs": _describe(self.outputs)}
+        held = {"inputs": _describe(self.inputs), "outputs": _describe(self.outputs)}
+        return held if self.head is None else held | {"head": self.head}
 
     @classmethod
     def from_pretrained(
@@ -101,12 +172,12 @@ class Reprogrammed(nn.Module):
         Raises:
             CheckpointError: a damaged or hostile file, or tensors that do not fit.
         """
-        tensors, config = checkpoint.load(folder, allowed={"format", "inputs", "outputs"})
+        tensors, config = checkpoint.load(folder, allowed={"format", "inputs", "outputs", "head"})
         if inputs is None:
             inputs = _build("inputs", config.get("inputs"), tensors)
         if outputs is None:
             outputs = _build("outputs", config.get("outputs"), tensors)
-        made = cls(model, inputs, outputs)
+        made = cls(model, inputs, outputs, head=config.get("head"))
         checkpoint.check_match(tensors, made.state_dict())
         made.load_state_dict(tensors)
         return made
@@ -143,9 +214,12 @@ def _build(role: str, described: Any, tensors: dict[str, Tensor]) -> nn.Module |
     name, arguments = described["class"], described["arguments"]
     if name == "?" or (isinstance(arguments, dict) and "?" in arguments.values()):
         raise CheckpointError(f"config {role}: made of code that is not in the file; build it and pass {role}=...")
-    if name not in modules.__all__:
-        raise CheckpointError(f"config {role}: expected one of {', '.join(modules.__all__)}, got {name!r}")
-    kind = getattr(modules, name)
+    kinds = {
+        key: kind for key in modules.__all__ if isinstance(kind := getattr(modules, key), type) and issubclass(kind, nn.Module)
+    }
+    if name not in kinds:
+        raise CheckpointError(f"config {role}: expected one of {', '.join(kinds)}, got {name!r}")
+    kind = kinds[name]
     if not isinstance(arguments, dict):
         raise CheckpointError(f"config {role}.arguments: expected a table, got {arguments!r}")
     known = {key for base in kind.__mro__ if base is not nn.Module for key in inspect.signature(base).parameters}

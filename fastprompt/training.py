@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fastprompt import checkpoint
 from fastprompt.checkpoint import CheckpointError
+from fastprompt.nn import Refresh
 from fastprompt.reprogram import Reprogrammed
 
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
@@ -46,7 +47,8 @@ def fit(
         progress: show a bar.
 
     A label map with a `refresh_every` is counted and matched again in a pass of its own over `train`: before the first
-    epoch, and then before every `refresh_every`-th.
+    step, and then before every n-th epoch or step, as it says (`fastprompt.nn.Refresh`). With `online=True` only the first
+    refresh makes a pass; after that the training steps themselves are counted.
 
     Returns:
         One row an epoch: epoch, lr, loss, accuracy, seconds, and validation accuracy if asked for.
@@ -64,25 +66,45 @@ def fit(
     optimize = optimizer(parameters, lr) if parameters else None
     device = next(module.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    labels: Any = module.outputs
+    due = Refresh.of(getattr(labels, "refresh_every", None))
+    online = due is not None and due.online
     rows: list[dict[str, float]] = []
+    taken = 0  # training steps
     if resume and folder is not None and (Path(folder) / "last").exists():
-        rows = _restore(Path(folder) / "last", module, optimize, scaler)
+        rows, taken = _restore(Path(folder) / "last", module, optimize, scaler)
+
+    def match() -> None:
+        if taken and online:
+            labels.refresh()
+        else:
+            refresh(module, train, batch_size=batch_size, amp=amp)
+        if online:
+            labels.reset_counts()
+
     best = _best(rows)
     bar = tqdm(total=epochs, initial=len(rows), disable=not progress, unit="epoch")
     for epoch in range(len(rows), epochs):
         start = time.perf_counter()
         _seed(seed, epoch)
-        every = getattr(module.outputs, "refresh_every", None)
-        if every is not None and (epoch == 0 or (every and epoch % every == 0)):
-            refresh(module, train, batch_size=batch_size, amp=amp)
+        if due is not None and (epoch == 0 or (due.every_epochs and epoch % due.every_epochs == 0)):
+            match()
         module.train()
         loss_sum = torch.zeros((), device=device)
         right = torch.zeros((), dtype=torch.int64, device=device)
         seen, steps = 0, _count(train, batch_size)
         for step, (x, y) in enumerate(_batches(train, batch_size, device, module, shuffle=_generator(seed, epoch))):
             rate = lr * _factor(schedule, epoch, epochs, step, steps)
+            if due is not None and due.every_steps and taken and taken % due.every_steps == 0:
+                match()
+                module.train()
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                logits = module(x)
+                if online:
+                    source = module.source_logits(x)
+                    labels.count(source.detach(), y)
+                    logits = labels(source)
+                else:
+                    logits = module(x)
             loss = nn.functional.cross_entropy(logits.float(), y)
             if optimize is not None:
                 for group in optimize.param_groups:
@@ -94,6 +116,7 @@ def fit(
             loss_sum += loss.detach() * len(y)
             right += (logits.argmax(-1) == y).sum()
             seen += len(y)
+            taken += 1
         if not seen:
             raise ValueError("train: expected at least one sample, got none")
         row = {"epoch": epoch + 1, "lr": rate, "loss": float(loss_sum) / seen, "accuracy": int(right) / seen}
@@ -106,7 +129,7 @@ def fit(
         if folder is not None:
             if _best(rows) > best:
                 module.save_pretrained(Path(folder) / "best")
-            _store(Path(folder) / "last", module, optimize, scaler, rows)
+            _store(Path(folder) / "last", module, optimize, scaler, rows, taken, labels.counts if online else None)
         best = _best(rows)
         bar.update()
         bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "accuracy", "validation") if key in row})
@@ -116,7 +139,10 @@ def fit(
 
 @torch.no_grad()
 def refresh(module: Reprogrammed, data: Data, *, batch_size: int = 256, amp: torch.dtype | None = None) -> None:
-    """Counts f's predictions on the prompted data and matches the label map again (FLM, ILM: Chen et al. 2023)."""
+    """Counts f's predictions on the prompted data and matches the label map again (FLM, ILM: Chen et al. 2023).
+
+    Where torch.distributed is initialised each rank counts its own data, and all ranks get the map of all of it.
+    """
     labels: Any = module.outputs
     module.eval()
     labels.reset_counts()
@@ -202,7 +228,7 @@ def _best(rows: list[dict[str, float]]) -> float:
 
 def _store(
     folder: Path, module: Reprogrammed, optimize: Optimizer | None, scaler: torch.amp.GradScaler,
-    rows: list[dict[str, float]],
+    rows: list[dict[str, float]], taken: int, counts: Tensor | None,
 ) -> None:  # fmt: skip
     """The reprogrammed model with all that training needs to go on: tensors as tensors, numbers as JSON."""
     tensors = dict(module.state_dict())
@@ -214,20 +240,24 @@ def _store(
         for place, entries in state["state"].items():
             numbers[str(place)] = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
             tensors |= {f"optimizer.{place}.{key}": v for key, v in entries.items() if isinstance(v, Tensor)}
-    training = {"rows": rows, "groups": groups, "numbers": numbers, "scaler": scaler.state_dict()}
+    if counts is not None:
+        tensors["training.counts"] = counts
+    training = {"rows": rows, "steps": taken, "groups": groups, "numbers": numbers, "scaler": scaler.state_dict()}
     checkpoint.save(folder, tensors, module.config() | {"training": training})
 
 
 def _restore(
     folder: Path, module: Reprogrammed, optimize: Optimizer | None, scaler: torch.amp.GradScaler
-) -> list[dict[str, float]]:
-    tensors, config = checkpoint.load(folder, allowed={"format", "inputs", "outputs", "training"})
+) -> tuple[list[dict[str, float]], int]:
+    tensors, config = checkpoint.load(folder, allowed={"format", "inputs", "outputs", "head", "training"})
     training = config.get("training")
     if training is None:
         raise CheckpointError(f"{folder}: expected a checkpoint of `fit`, got one without training state")
-    if json.loads(json.dumps(module.config())) != {name: config.get(name) for name in ("inputs", "outputs")}:
+    if json.loads(json.dumps(module.config())) != {
+        name: config[name] for name in ("inputs", "outputs", "head") if name in config
+    }:
         raise CheckpointError(f"{folder}: expected the modules that are being trained, got {config}")
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("optimizer.", "training."))}
     checkpoint.check_match(own, module.state_dict())
     module.load_state_dict(own)
     if optimize is not None:
@@ -239,5 +269,9 @@ def _restore(
         optimize.load_state_dict({"state": state, "param_groups": training["groups"]})
     if training["scaler"]:
         scaler.load_state_dict(training["scaler"])
+    if "training.counts" in tensors:
+        labels: Any = module.outputs
+        labels.reset_counts()
+        labels.counts.copy_(tensors["training.counts"])
     rows: list[dict[str, float]] = training["rows"]
-    return rows
+    return rows, training.get("steps", len(rows))  # a checkpoint of 0.1 has no steps: then nothing counts them

@@ -161,3 +161,27 @@ def test_demo_runs_through_quickly(tmp_path, capsys):
     assert (tmp_path / "checkpoint" / "fastprompt_config.json").exists()
     with pytest.raises(ValueError, match="seeds: expected at least 1, got 0"):
         run(tmp_path, seeds=0)
+
+
+def test_alignments_are_compared(tmp_path, capsys, monkeypatch):
+    from fastprompt.__main__ import main
+    from fastprompt.demo import compare as module
+    from fastprompt.demo.compare import ALIGNMENTS, compare
+
+    few = {name: (x[:64], y[:64]) for name, (x, y) in load_digits().items()}
+    monkeypatch.setattr(module, "load_digits", lambda: few)
+    table = compare(tmp_path, ["linear", "blm+", "frequent"], seeds=1, device="cpu", quick=True)
+    assert list(table) == ["frequent", "blm+", "linear"]
+    assert table["linear"]["trained"] > table["blm+"]["trained"] == table["frequent"]["trained"]
+    assert table["linear"]["refresh"] is None
+    shown = capsys.readouterr().out
+    for name, row in table.items():
+        assert f"{ALIGNMENTS[name][0]:30}{row['accuracy'][0]:8.2f}" in shown
+        assert (tmp_path / f"alignment-{name}.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"alignment: expected all or some of random, first, .*got best"):
+        compare(tmp_path, ["best"])
+    with pytest.raises(ValueError, match="seeds: expected at least 1, got 0"):
+        compare(tmp_path, ["all"], seeds=0)
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert set(ALIGNMENTS) <= set(capsys.readouterr().out.split())

@@ -581,7 +581,11 @@ ONE, COUNTS, TARGET = torch.zeros(2, 5), torch.zeros(5, 3, dtype=torch.int64), t
         (lambda: match_labels(COUNTS[0]), ValueError, r"counts: expected \[S, T\]"),
         (lambda: LabelMap(3, 4), ValueError, "num_classes: expected 1 to 3, the number of source classes, got 4"),
         (lambda: LabelMap(3, 0), ValueError, "num_classes: expected 1 to 3"),
-        (lambda: LabelMap(3, 2, "best"), ValueError, "method: expected one of random, frequent, iterative, got 'best'"),
+        (
+            lambda: LabelMap(3, 2, "best"),
+            ValueError,
+            "method: expected one of random, first, groups, frequent, iterative, given, got 'best'",
+        ),
         (lambda: LabelMap(3, 2, "random", refresh_every=1), ValueError, "refresh_every: expected"),
         (lambda: LabelMap(3, 2, refresh_every=0), ValueError, "refresh_every: expected at least 1"),
         (lambda: LabelMap(3, 2)(ONE[:, :2]), ValueError, "labels: expected values from 0 to 1"),

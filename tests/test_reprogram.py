@@ -210,13 +210,14 @@ def test_the_place_of_a_composition():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_by_name(name):
+    classes = 3 if name == "attrvr" else CLASSES  # two sets of attributes for each class
     if name == "voice2series":
         made = build(name, nn.Linear(32, SOURCES), num_source=SOURCES, num_classes=CLASSES, length=32, series_length=7)
         assert made(torch.randn(2, 7)).shape == (2, CLASSES)
     else:
         size = {"image_size": 6} if METHODS[name].place().operator is not Operator.PARAMETRIC else {}
-        made = build(name, frozen_model(), num_source=SOURCES, num_classes=CLASSES, canvas=CANVAS, **size)
-        assert made(images()).shape == (5, SOURCES if METHODS[name].labels is None else CLASSES)
+        made = build(name, frozen_model(), num_source=SOURCES, num_classes=classes, canvas=CANVAS, **size)
+        assert made(images()).shape == (5, SOURCES if METHODS[name].labels is None else classes)
     assert made.taxonomy == METHODS[name].place()
     assert f"\n{name} " in table()
 

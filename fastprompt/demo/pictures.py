@@ -77,6 +77,16 @@ def draw_labels(
     figure.savefig(path, dpi=150)
 
 
+def draw_map(model: source.SourceModel, labels: Any, title: str, path: Path) -> None:
+    """Which printed characters each digit reads, as a heat map."""
+    figure, axes = _figure(1, 1, (8, 10))
+    names = [textwrap.shorten(name, 45) for name in model.class_names]
+    labels.plot(names, [str(digit) for digit in range(10)], ax=axes[0, 0])
+    axes[0, 0].set_title(title)
+    axes[0, 0].tick_params(axis="y", labelsize=7)
+    figure.savefig(path, dpi=150)
+
+
 def draw_curves(
     curves: dict[str, list[dict[str, float]]],
     accuracy: dict[str, list[float]],

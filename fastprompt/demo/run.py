@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastprompt.nn import LabelMap, PaddedPrompt
@@ -101,7 +101,13 @@ def run(
 
 
 def reprogram(model: source.SourceModel, method: str, seed: int) -> Reprogrammed:
-    """The frozen model with an untrained border and a label map: uint8 [B, 1, 8, 8] -> [B, 10]."""
+    """The frozen model with an untrained border and a `LabelMap`: uint8 [B, 1, 8, 8] -> [B, 10]."""
+    every = REFRESH_EVERY if method == "iterative" else None
+    return bordered(model, LabelMap(len(model.class_names), 10, method=method, seed=seed, refresh_every=every))
+
+
+def bordered(model: source.SourceModel, outputs: nn.Module) -> Reprogrammed:
+    """The frozen model with an untrained border and any output alignment."""
     # A tanh starts at zero, so training starts from the plain digit on black. A sigmoid would start
     # from a grey frame, which no printed character has, and the frequent map would suffer for it.
     prompt = PaddedPrompt(
@@ -112,9 +118,7 @@ def reprogram(model: source.SourceModel, method: str, seed: int) -> Reprogrammed
         std=source.STD,
         squash="tanh",
     )
-    every = REFRESH_EVERY if method == "iterative" else None
-    labels = LabelMap(len(model.class_names), 10, method=method, seed=seed, refresh_every=every)
-    return Reprogrammed(model, inputs=prompt, outputs=labels).to(model.position.device)
+    return Reprogrammed(model, inputs=prompt, outputs=outputs).to(model.position.device)
 
 
 def train_all(

@@ -293,8 +293,7 @@ def fold(
     """
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise bad("weight", "a floating point [S, d]", _what(weight))
-    reduce = _check_reduce(labels, reduce, "logits", None)
-    if isinstance(labels, Segments) and reduce not in _LINEAR:
+    if _check_reduce(labels, reduce, "logits", None) not in _LINEAR and isinstance(labels, Segments):
         raise bad("reduce", "one of " + ", ".join(_LINEAR) + ", which are linear in the logits", repr(reduce))
     _check_bias(weight, bias)
     return (

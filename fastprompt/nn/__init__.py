@@ -7,7 +7,7 @@ from fastprompt.nn.attention import (
     SoftPrompt,
     scaled_dot_product_attention,
 )
-from fastprompt.nn.mapping import LabelMap
+from fastprompt.nn.mapping import AttributeMap, BayesianMap, DescriptionMap, LabelMap, LinearMap, Refresh
 from fastprompt.nn.perturbation import (
     FramePrompt,
     GeneratedPrompt,
@@ -28,13 +28,17 @@ from fastprompt.nn.verbalizers import (
 )
 
 __all__ = [
+    "AttributeMap",
+    "BayesianMap",
     "ContextualCalibration",
     "DeepPrompt",
+    "DescriptionMap",
     "FramePrompt",
     "GeneratedPrompt",
     "KnowledgeableVerbalizer",
     "LabelHead",
     "LabelMap",
+    "LinearMap",
     "MaskNet",
     "MaskedPrompt",
     "PaddedPrompt",
@@ -42,6 +46,7 @@ __all__ = [
     "PrefixKV",
     "PromptAttention",
     "PrototypicalVerbalizer",
+    "Refresh",
     "SeriesPrompt",
     "SoftPrompt",
     "SoftVerbalizer",
