@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastprompt import functional, hoist, nn, taxonomy
+    from fastprompt import answers, functional, hoist, nn, taxonomy
     from fastprompt.checkpoint import CheckpointError
     from fastprompt.methods import build
     from fastprompt.reprogram import Reprogrammed
     from fastprompt.training import evaluate, fit
 
-__all__ = ["CheckpointError", "Reprogrammed", "build", "evaluate", "fit", "functional", "hoist", "nn", "taxonomy"]
+__all__ = ["CheckpointError", "Reprogrammed", "answers", "build", "evaluate", "fit", "functional", "hoist", "nn", "taxonomy"]
 
 _HOMES = {
     "CheckpointError": "checkpoint",
