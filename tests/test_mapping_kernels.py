@@ -445,10 +445,10 @@ def test_confident_rows_keep_their_digits(margin, tile, device):
         miss = others / (1 + others)
         factor = miss ** options.get("focal", 0.0)
         want = factor * others.log1p()
-        assert ((out.cpu() - want).abs() <= 4e-6 * want + 1e-38).all()
+        assert ((out.cpu() - want).abs() <= (4e-6 + 1e-7 * margin) * want + 1e-38).all()  # a GPU's exp(x) is good to 6e-8 x
         if "focal" not in options:
             slope = -miss * held["g"].cpu().double()
-            assert ((d.cpu().diagonal() - slope).abs() <= 2e-6 * slope.abs()).all()
+            assert ((d.cpu().diagonal() - slope).abs() <= (2e-6 + 1e-7 * margin) * slope.abs()).all()
         if margin < 30.0:  # where float64 itself has digits left
             check(d, want_d, want_d.float().to(device), ulps=64.0)
 
@@ -602,10 +602,18 @@ def test_tiles_are_powers_of_two_that_fit():
                         )  # fmt: skip
                         sides = (tile.ROWS, tile.CLASSES, tile.ENTRIES, tile.COLUMNS, tile.num_warps)
                         assert all(side >= 1 and side & (side - 1) == 0 for side in sides), tile
-                        assert tile.ROWS * tile.COLUMNS <= 4096
-                        assert kernel == "gradient" or tile.ROWS * tile.CLASSES * tile.ENTRIES <= 2048
+                        assert tile.ROWS * tile.COLUMNS <= 2048 or not probabilities
+                        assert kernel == "gradient" or tile.ROWS * tile.CLASSES * tile.ENTRIES <= 4096
                         assert tile.turns >= 1
-                        assert tile.turns * tile.ROWS < 2 * max(batch, 1) + tile.ROWS
+                        assert tile.turns == 1 or tile.turns * tile.ROWS < batch + tile.ROWS
+
+
+def test_new_batch_sizes_compile_nothing():
+    facts = {"sources": 1000, "classes": 10, "probabilities": True, "loss": True, "arch": "sm_90"}
+    for kernel in ("forward", "gradient"):
+        for longest in (1, 100):
+            tiles = {replace(pick_segments(kernel, batch=b, longest=longest, **facts), turns=1) for b in range(1, 1025)}
+            assert len(tiles) <= 2, tiles
 
 
 def test_small_batches_are_one_program():
