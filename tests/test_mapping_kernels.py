@@ -29,7 +29,7 @@ SINGLE = [[7], [0], [18], [3], [12]]
 AGAIN = [[18, 0], [1, 2, 3, 4, 5, 6], [7], [18], [8, 9, 1], [0]]
 SMALL = Tile(2, 4, 4, 16, 4)  # samples, classes, entries, sources, warps
 WHOLE = Tile(8, 8, 8, 32, 4)  # everything at once
-TURNS = Tile(2, 2, 1, 4, 4, 2)
+TURNS = Tile(2, 4, 2, 8, 4, 2)
 REDUCTIONS = ("mean", "sum", "max", "first", "logsumexp", "weighted", "top-k mean")
 PLAIN = [(reduce, of) for reduce in REDUCTIONS for of in ("logits", "probabilities") if (reduce, of[0]) != ("logsumexp", "p")]
 
@@ -234,10 +234,9 @@ def test_everything_in_one_tile(reduce, of, device):
     agree(Case(reduce, of, k=9, loss={}, tile=WHOLE), device)  # k of more than there are
 
 
-@pytest.mark.parametrize(("reduce", "of"), [("mean", "probabilities"), ("max", "logits"), ("logsumexp", "logits")])
+@pytest.mark.parametrize(("reduce", "of"), [("mean", "probabilities"), ("logsumexp", "logits")])
 def test_many_turns(reduce, of, device):
-    agree(Case(reduce, of, batch=7, tile=TURNS), device)
-    agree(Case(reduce, of, batch=7, tile=TURNS, loss={"smoothing": 0.1, "focal": 1.5}), device)
+    agree(Case(reduce, of, batch=5, tile=TURNS, loss={"smoothing": 0.1, "focal": 1.5}), device)
 
 
 def test_without_a_backward_nothing_is_kept_for_one(device):
@@ -274,8 +273,9 @@ def test_loss(name, of, device):
     options = LOSSES[name] | ({"renormalize": False} if of == "probabilities" else {})
     target = torch.tensor([1, -100, 5])
     case = Case(of="logits" if of == "logits" else "probabilities", loss=options, hold={"target": target})
-    agree(case, device)
     agree(replace(case, class_weight=True, prior=True, reduce="sum", tile=WHOLE), device)
+    if of != "renormalize":
+        agree(case, device)
 
 
 @pytest.mark.parametrize(("reduce", "of"), PLAIN)
@@ -287,7 +287,6 @@ def test_loss_of_every_reduction(reduce, of, device):
 def test_half_precision(reduce, of, device):
     agree(Case(reduce, of, dtype=BF16, tile=WHOLE), device)
     if reduce in ("mean", "logsumexp"):
-        agree(Case(reduce, of, dtype=F16, tile=WHOLE), device)
         agree(Case(reduce, of, dtype=F16, loss={}, tile=WHOLE), device)
 
 
@@ -386,7 +385,7 @@ def test_ignored_rows_may_hold_anything(device):
         check_bits(got, was)
 
 
-@pytest.mark.parametrize("tile", [SMALL, WHOLE], ids=["small", "whole"])
+@pytest.mark.parametrize("tile", [Tile(8, 4, 4, 16, 4), WHOLE], ids=["small", "whole"])
 @pytest.mark.parametrize(("reduce", "of"), [("logsumexp", "logits"), ("max", "logits"), ("sum", "probabilities")])
 def test_one_finite_score(reduce, of, tile, device):
     """Everything else is -inf, wherever in a tile the finite one stands; classes without it have no mass."""
@@ -408,14 +407,13 @@ def test_loss_beside_classes_without_mass(device):
     scores[:, 9] = 1.0  # class 0 has mass in every row
     for of, reduce in (("logits", "logsumexp"), ("logits", "max"), ("probabilities", "sum")):
         case = Case(reduce, of, (RAGGED,), batch=6, loss={"reduction": "none"}, hold={"scores": scores})
-        for tile in (SMALL, WHOLE):
-            for target in (torch.arange(6), torch.zeros(6, dtype=torch.int64)):
-                each = replace(case, tile=tile, hold=case.hold | {"target": target})
-                held = operands(each, device)
-                out, d = run(each, held)
-                want, want_d = formula(each, held, torch.float64)
-                check(out, want, want.float().to(device), ulps=8.0)
-                check(d, want_d.nan_to_num(0.0), want_d.nan_to_num(0.0).float().to(device), ulps=16.0)
+        for tile, target in ((SMALL, torch.arange(6)), (WHOLE, torch.zeros(6, dtype=torch.int64))):
+            each = replace(case, tile=tile, hold=case.hold | {"target": target})
+            held = operands(each, device)
+            out, d = run(each, held)
+            want, want_d = formula(each, held, torch.float64)
+            check(out, want, want.float().to(device), ulps=8.0)
+            check(d, want_d.nan_to_num(0.0), want_d.nan_to_num(0.0).float().to(device), ulps=16.0)
 
 
 @pytest.mark.parametrize(("reduce", "of"), PLAIN)
@@ -447,10 +445,10 @@ def test_confident_rows_keep_their_digits(margin, tile, device):
         miss = others / (1 + others)
         factor = miss ** options.get("focal", 0.0)
         want = factor * others.log1p()
-        assert ((out.cpu() - want).abs() <= 4e-6 * want + 1e-38).all()
+        assert ((out.cpu() - want).abs() <= (4e-6 + 1e-7 * margin) * want + 1e-38).all()  # a GPU's exp(x) is good to 6e-8 x
         if "focal" not in options:
             slope = -miss * held["g"].cpu().double()
-            assert ((d.cpu().diagonal() - slope).abs() <= 2e-6 * slope.abs()).all()
+            assert ((d.cpu().diagonal() - slope).abs() <= (2e-6 + 1e-7 * margin) * slope.abs()).all()
         if margin < 30.0:  # where float64 itself has digits left
             check(d, want_d, want_d.float().to(device), ulps=64.0)
 
@@ -459,9 +457,8 @@ def test_confident_rows_keep_their_digits(margin, tile, device):
 def test_equals(of, device):
     """Of equal scores max takes the first, top-k mean those that stand first; in the order of the entries."""
     scores = torch.tensor([[0.0] * 19, [1.0, 2.0] * 9 + [2.0], [2.0, 1.0] * 9 + [2.0], [-1.0] * 18 + [3.0], [5.0] * 19])
-    for reduce, k in (("max", 1), ("top-k mean", 1), ("top-k mean", 3)):
-        for tile in (SMALL, WHOLE):
-            agree(Case(reduce, of, batch=5, k=k, hold={"scores": scores}, tile=tile), device)
+    for reduce, k, tile in (("max", 1, SMALL), ("top-k mean", 1, WHOLE), ("top-k mean", 3, SMALL)):
+        agree(Case(reduce, of, batch=5, k=k, hold={"scores": scores}, tile=tile), device)
 
 
 @pytest.mark.parametrize(("reduce", "of"), PLAIN)
@@ -492,14 +489,13 @@ def test_a_member_that_is_not_a_source_spoils_its_class(device):
 
 def test_one_source_a_class_is_a_gather(device):
     """Data movement, bit for bit, whatever the reduction is called."""
-    for dtype in (F32, F16, BF16):
-        for reduce in ("mean", "max", "first", "logsumexp", "top-k mean"):
-            case = Case(reduce, maps=(SINGLE,), dtype=dtype, weighted=False)
-            held = operands(case, device)
-            out, d = run(case, held)
-            index = torch.tensor(SINGLE, device=device)[:, 0]
-            check_bits(out, held["scores"][:, index])
-            check_bits(d, torch.zeros_like(held["scores"]).index_copy_(1, index, held["g"]))
+    index = torch.tensor(SINGLE, device=device)[:, 0]
+    for reduce, dtype in (("mean", BF16), ("max", F32), ("first", F32), ("logsumexp", F16), ("top-k mean", F32)):
+        case = Case(reduce, maps=(SINGLE,), dtype=dtype, weighted=False)
+        held = operands(case, device)
+        out, d = run(case, held)
+        check_bits(out, held["scores"][:, index])
+        check_bits(d, torch.zeros_like(held["scores"]).index_copy_(1, index, held["g"]))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -545,8 +541,11 @@ def counts_of(logits: Tensor, target: Tensor, targets: int, k: int) -> list[list
     return counts
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("launch", [Launch(2, 8, 4), Launch(4, 32, 4)], ids=["turns", "whole"])
+@pytest.mark.parametrize(
+    ("launch", "dtype"),
+    [(Launch(8, 8, 4), F32), (Launch(8, 32, 4), F32), (Launch(8, 32, 4), F16), (Launch(8, 32, 4), BF16)],
+    ids=["turns", "whole", "half", "bfloat16"],
+)
 def test_counting_the_largest(launch, dtype, device):
     from fastprompt.kernels.mapping.count import count_labels_
 
@@ -555,17 +554,17 @@ def test_counting_the_largest(launch, dtype, device):
     logits[1], logits[2, 5], logits[3, 4] = -torch.inf, torch.nan, torch.inf  # no softmax
     logits[4, 2:], logits[5], logits[6, 8:] = -torch.inf, 1.0, -20.0
     target = torch.tensor([0, 1, 2, 0, 1, 2, 0, -100, 3, 2**40, 2])
-    for name, x in (("plain", logits), ("transposed", laid_out(logits, "transposed")), ("sliced", laid_out(logits, "sliced"))):
-        for k in (1, 2, 5, SOURCES):
-            counts = torch.full((SOURCES, 3), 7, dtype=torch.int64, device=device)
-            y = laid_out(target, "sliced") if name == "sliced" else target
-            count_labels_(counts, x.to(device), y.to(device), launch, k)
-            want = torch.tensor(counts_of(logits, target, 3, k)) + 7
-            assert torch.equal(counts.cpu() > 7, want > 7), (name, k)  # who counts is exact
-            assert int((counts.cpu() - want).abs().max()) <= 2**19, (name, k)  # 2**-21 of a probability
+    for layout, k in (("plain", 1), ("plain", SOURCES), ("transposed", 2), ("sliced", 3)):
+        x, y = laid_out(logits, layout).to(device), laid_out(target, layout).to(device)
+        counts = torch.full((SOURCES, 3), 7, dtype=torch.int64, device=device)
+        count_labels_(counts, x, y, launch, k)
+        want = torch.tensor(counts_of(logits, target, 3, k)) + 7
+        assert torch.equal(counts.cpu() > 7, want > 7), (layout, k)  # who counts is exact
+        assert int((counts.cpu() - want).abs().max()) <= 2**19, (layout, k)  # 2**-21 of a probability
+        if k == 3:
             again = torch.full_like(counts, 7)
-            for part in range(0, 11, 4):
-                count_labels_(again, x[part : part + 4].to(device), y[part : part + 4].to(device), launch, k)
+            for part in (slice(0, 5), slice(5, 11)):
+                count_labels_(again, x[part], y[part], launch, k)
             assert torch.equal(again, counts), "depends on how the samples are cut into batches"
 
 
@@ -603,10 +602,18 @@ def test_tiles_are_powers_of_two_that_fit():
                         )  # fmt: skip
                         sides = (tile.ROWS, tile.CLASSES, tile.ENTRIES, tile.COLUMNS, tile.num_warps)
                         assert all(side >= 1 and side & (side - 1) == 0 for side in sides), tile
-                        assert tile.ROWS * tile.COLUMNS <= 4096
-                        assert kernel == "gradient" or tile.ROWS * tile.CLASSES * tile.ENTRIES <= 2048
+                        assert tile.ROWS * tile.COLUMNS <= 2048 or not probabilities
+                        assert kernel == "gradient" or tile.ROWS * tile.CLASSES * tile.ENTRIES <= 4096
                         assert tile.turns >= 1
-                        assert tile.turns * tile.ROWS < 2 * max(batch, 1) + tile.ROWS
+                        assert tile.turns == 1 or tile.turns * tile.ROWS < batch + tile.ROWS
+
+
+def test_new_batch_sizes_compile_nothing():
+    facts = {"sources": 1000, "classes": 10, "probabilities": True, "loss": True, "arch": "sm_90"}
+    for kernel in ("forward", "gradient"):
+        for longest in (1, 100):
+            tiles = {replace(pick_segments(kernel, batch=b, longest=longest, **facts), turns=1) for b in range(1, 1025)}
+            assert len(tiles) <= 2, tiles
 
 
 def test_small_batches_are_one_program():

@@ -344,6 +344,8 @@ def reach_mapping() -> None:
             for dim in range(near.dim() if near is not None else 0):
                 strides = list(near.stride())
                 strides[dim] = 2**31 // (near.shape[dim] - 1) + 64  # the last one is beyond 2**31
+                if case.reduce == "logsumexp" and (name, dim) != ("g", 1):
+                    continue  # as with the loss
                 far = sparse(tuple(near.shape), tuple(strides), near.dtype).copy_(near)
                 for got, was in zip(run(case, held | {name: far}), want, strict=True):
                     check_bits(got, was, f"far {name} {dim}")

@@ -44,7 +44,7 @@ CONFIGS: dict[str, Launch] = {
 }
 
 ELEMENTS = 1024  # of a tile of segments, for 4 warps
-ALONE = 32768  # entries of all samples up to which one program does the whole batch, loss and mean included
+ALONE = 32768  # entries of all samples up to which one program does the whole batch, its mean included
 PROGRAMS = 528  # 4 for each multiprocessor of an H200: fewer are made smaller
 
 
@@ -61,7 +61,8 @@ def pick_segments(
     """The tile for segments, "forward" or "gradient". `longest`: the most entries that are read of a class.
 
     Forward: all classes in one tile where they fit, since a loss needs all of them. Long lists are cut into more rows a
-    tile, which share the reading of the map, unless there would be too few programs to hide what a turn waits for.
+    tile, which share the reading of the map, unless there would be too few programs to hide what a turn waits for. A tile
+    depends on the batch in few steps, so that new batch sizes compile nothing.
     """
     if kernel == "gradient":
         columns = min(ELEMENTS, _power(sources))
@@ -71,15 +72,15 @@ def pick_segments(
     across = min(ELEMENTS if loss else 256, _power(classes))
     each = min(_power(longest), ELEMENTS // across)
     rows, warps, turns = max(1, ELEMENTS // (across * each)), 4, 1
-    if loss and batch * _power(classes) * _power(longest) + (batch * sources if probabilities else 0) <= ALONE:
-        rows = min(2 * rows, _power(batch))
-        warps = 8 if rows * across * each > ELEMENTS else 4
+    if probabilities:
+        rows = min(rows, 8)  # whole rows are read, a wide piece of each at a time
+    elif loss and batch * _power(classes) * _power(longest) <= ALONE:
+        rows, warps = 4 * rows, 16
         turns = max(1, -(-batch // rows))
-    else:
+    if warps == 4:
         while each > 4 and rows < 8 and batch // (2 * rows) >= PROGRAMS:
             each, rows = each // 2, rows * 2
-        rows = min(rows, _power(batch))
-    return Tile(rows, across, each, min(_power(sources), max(1, 2 * ELEMENTS // rows)), warps, turns)
+    return Tile(rows, across, each, min(_power(sources), 2 * ELEMENTS // min(rows, 8)), warps, turns)
 
 
 def _power(n: int) -> int:

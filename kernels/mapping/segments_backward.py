@@ -82,17 +82,17 @@ def coefficient(
     return c
 
 
-@triton.jit(do_not_specialize=["batch", "k"])
+@triton.jit(do_not_specialize=["batch", "k", "turns"])
 def reduce_segments_gradient_kernel(
     g_ptr, slope_ptr, divisor_ptr, scores_ptr, members_ptr, starts_ptr, order_ptr, readers_ptr, owner_ptr, weights_ptr,
     map_ptr, prior_ptr, target_ptr, z_ptr, picked_ptr, source_sum_ptr, out_ptr,
-    batch, classes, maps, k,
+    batch, classes, maps, k, turns,
     stride_gb, stride_gt, stride_b, stride_s, stride_map, stride_prior, stride_target,
     ignore_index,
     SOURCES: tl.constexpr, VECTOR: tl.constexpr, REDUCE: tl.constexpr, PROBABILITIES: tl.constexpr, FREE: tl.constexpr,
-    ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNS: tl.constexpr, CLASSES: tl.constexpr,
+    ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """TURNS times ROWS samples and COLUMNS sources. ONCE: no source has two entries. FREE: the classes' sum is not 1."""
+    """`turns` times ROWS samples and COLUMNS sources. ONCE: no source has two entries. FREE: the classes' sum is not 1."""
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(SOURCES, COLUMNS)
     s = (pid % tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -107,8 +107,8 @@ def reduce_segments_gradient_kernel(
     shift = tl.zeros([1, COLUMNS], tl.float32)
     if NEEDS_X and prior_ptr is not None:
         shift = log_prior(prior_ptr, s, inside, stride_prior, PROBABILITIES)
-    for turn in range(0, TURNS):
-        b = ((pid // tiles * TURNS + turn) * ROWS + tl.arange(0, ROWS))[:, None]
+    for turn in range(0, turns):
+        b = ((pid // tiles * turns + turn) * ROWS + tl.arange(0, ROWS))[:, None]
         live = b < batch
         row = scores_ptr + b * stride_b
         known = live
@@ -191,11 +191,11 @@ def reduce_segments_gradient(
             g, slope if loss else None, None if divisor.dim() else divisor, scores, seg.members, seg.starts, seg.order,
             seg.readers, seg.owner, seg.weights if reduce == "weighted" else None, map_id, prior, target if loss else None,
             kept if kept.numel() else out, picked, source_sum, d,
-            batch, seg.num_classes, seg.num_maps, k, *strides, *scores.stride(),
+            batch, seg.num_classes, seg.num_maps, k, launch.turns, *strides, *scores.stride(),
             *(t.stride(0) if t is not None else 0 for t in (map_id, prior, target)), ignore_index,
             SOURCES=sources, VECTOR=vector_of(scores), REDUCE=reduce, PROBABILITIES=probabilities,
             FREE=probabilities and not (loss and renormalize),
-            ONCE=seg.busiest == 1, ROWS=launch.ROWS, COLUMNS=launch.COLUMNS, TURNS=launch.turns, CLASSES=launch.CLASSES,
+            ONCE=seg.busiest == 1, ROWS=launch.ROWS, COLUMNS=launch.COLUMNS, CLASSES=launch.CLASSES,
             num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return d
