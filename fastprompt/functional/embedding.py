@@ -57,9 +57,15 @@ def soft_gather(
     """
     _check_ids("ids", ids)
     soft = _check_tables(vocab_weight, soft_weight, positions, ids.shape[1])
+    words, (prompts, slots, width) = len(vocab_weight), soft.shape
     _check_prompts(ids, soft, prompt_index, soft_lengths)
     same_device(
-        ids, vocab_weight=vocab_weight, soft_weight=soft, prompt_index=prompt_index, soft_lengths=soft_lengths, positions=positions
+        ids,
+        vocab_weight=vocab_weight,
+        soft_weight=soft,
+        prompt_index=prompt_index,
+        soft_lengths=soft_lengths,
+        positions=positions,
     )
     tables = [table for table in (vocab_weight, soft, positions) if table is not None]
     wide = [table for table in tables if table.dtype == torch.float64]
@@ -69,11 +75,17 @@ def soft_gather(
     elif not dtype.is_floating_point:
         raise bad("dtype", "a floating point dtype", dtype)
     factor = 1.0 if scale is None else float(scale)
-    _check_values(ids, len(vocab_weight), soft.shape[1])
+    run = None
+    if path == "auto" and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        run = ops.run_of(ids, prompt_index, soft_lengths, prompts, slots, words)
+    if run is None:
+        _check_values(ids, words, slots)
+    elif factor == 1 and positions is None and dtype == vocab_weight.dtype == soft.dtype and ops.joins(ids, width, run):
+        return ops.joined(ids, vocab_weight, soft, prompt_index, run)
     if path == "torch" or dtype == torch.float64:
         return reference.soft_gather(ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, dtype)
     return ops.SoftGather.apply(
-        ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, dtype, path == "triton"
+        ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, dtype, run or (), path == "triton"
     )
 
 
@@ -160,6 +172,10 @@ def soft_ids(ids: Tensor, trained: Tensor) -> Tensor:
     if looks_at_values(trained) and bool((trained.diff() <= 0).any()):
         raise bad("trained", "rising ids", trained[:8].tolist())
     same_device(ids, trained=trained)
+    if looks_at_values(ids) and ids.numel() and int(ids.min()) < 0:
+        negative = ids[(ids < 0) & (ids != PADDING)]
+        if len(negative):
+            raise bad("ids", "vocabulary ids or PADDING", negative[:8].tolist())
     ids = torch.where((ids < 0) & (ids != PADDING), torch.iinfo(torch.int64).max, ids)
     if not len(trained):
         return ids
@@ -168,18 +184,20 @@ def soft_ids(ids: Tensor, trained: Tensor) -> Tensor:
 
 
 def map_vocabulary(weight: Tensor, vocab_weight: Tensor, source: Tensor | None = None) -> Tensor:
-    """A new vocabulary [V_T, d] of weighted sums of the frozen one's rows [V, d].
+    """A new vocabulary [V_T, d] of weighted sums of the frozen one's rows [V, d], in the dtype of the weights.
 
     Args:
         weight: [V_T, V], or with `source` [V_T, k].
         source: int64 [V_T, k]: the k rows that each new one is made of; values from 0 to V - 1.
     """
+    words, columns = len(vocab_weight), len(vocab_weight) if source is None else source.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != columns or (source is not None and source.shape != weight.shape):
+        raise bad("weight", f"[V_T, {columns}]", list(weight.shape))
     if source is None:
-        if weight.dim() != 2 or weight.shape[1] != len(vocab_weight):
-            raise bad("weight", f"[V_T, {len(vocab_weight)}]", list(weight.shape))
-        return weight.to(torch.promote_types(weight.dtype, vocab_weight.dtype)) @ vocab_weight.to(
-            torch.promote_types(weight.dtype, vocab_weight.dtype)
-        )
+        return weight @ vocab_weight.to(weight.dtype)
+    if source.dtype != torch.int64:
+        raise TypeError(f"source: expected int64, got {source.dtype}")
+    check_range("source", source.flatten(), words)
     return F.embedding_bag(source, vocab_weight.to(weight.dtype), mode="sum", per_sample_weights=weight)
 
 
@@ -230,7 +248,7 @@ def _check_prompts(ids: Tensor, soft: Tensor, index: Tensor | None, lengths: Ten
 def _check_values(ids: Tensor, words: int, slots: int) -> None:
     if not looks_at_values(ids) or not ids.numel():
         return
-    low, high = torch.stack(torch.aminmax(ids)).tolist()
+    low, high = (int(bound) for bound in torch.aminmax(ids))
     if low >= -slots and high < words:
         return
     wrong = ids[(ids >= words) | ((ids < -slots) & (ids != PADDING))]

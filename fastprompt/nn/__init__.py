@@ -7,6 +7,7 @@ from fastprompt.nn.attention import (
     SoftPrompt,
     scaled_dot_product_attention,
 )
+from fastprompt.nn.embedding import EmbeddingMap, PromptTokens, PrototypeAttention, TrainableTokens
 from fastprompt.nn.mapping import LabelMap
 from fastprompt.nn.perturbation import (
     FramePrompt,
@@ -20,6 +21,7 @@ from fastprompt.nn.perturbation import (
 
 __all__ = [
     "DeepPrompt",
+    "EmbeddingMap",
     "FramePrompt",
     "GeneratedPrompt",
     "LabelMap",
@@ -29,7 +31,10 @@ __all__ = [
     "PatchPrompt",
     "PrefixKV",
     "PromptAttention",
+    "PromptTokens",
+    "PrototypeAttention",
     "SeriesPrompt",
     "SoftPrompt",
+    "TrainableTokens",
     "scaled_dot_product_attention",
 ]

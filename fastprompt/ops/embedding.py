@@ -1,10 +1,12 @@
 """Operators of the embedding family: schemas, CUDA and CPU implementations, fakes and the `autograd.Function`.
 
-On CUDA tensors the Triton kernels run. On CPU tensors PyTorch's own row gather does, into the result itself where a sample
-is large; with impl="triton" the kernels run there too, in Triton's interpreter.
+On CUDA tensors the Triton kernels run. On CPU tensors PyTorch's own row gather does, over the whole result, into which the
+soft rows are then written; with impl="triton" the kernels run there too, in Triton's interpreter.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,25 +23,25 @@ if _runtime.HAS_TRITON:
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _library.define(
     "soft_gather(Tensor ids, Tensor vocab, Tensor soft, Tensor? index, Tensor? lengths, Tensor? positions, float scale, "
-    "ScalarType dtype, bool triton) -> Tensor"
+    "ScalarType dtype, int[] run, bool triton) -> Tensor"
 )
 _library.define(
     "soft_gather_gradient(Tensor g, Tensor ids, Tensor? index, Tensor? lengths, SymInt prompts, SymInt slots, float scale, "
-    "ScalarType dtype, bool triton) -> Tensor"
+    "ScalarType dtype, int[] run, bool triton) -> Tensor"
 )
 
 # ---- Triton ----
 
 
 def _forward_triton(  # type: ignore[no-untyped-def]
-    ids, vocab, soft, index, lengths, positions, scale, dtype, triton
+    ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton
 ) -> Tensor:
     launch = pick("gather", soft.shape[2], _runtime.arch(ids.device))
     return kernel_forward.soft_gather(ids, vocab, soft, index, lengths, positions, scale, dtype, PADDING, launch)
 
 
 def _gradient_triton(  # type: ignore[no-untyped-def]
-    g, ids, index, lengths, prompts, slots, scale, dtype, triton
+    g, ids, index, lengths, prompts, slots, scale, dtype, run, triton
 ) -> Tensor:
     arch = _runtime.arch(g.device)
     launches = pick("locate", slots, arch), pick("add", g.shape[2], arch), pick("add chunks", g.shape[2], arch)
@@ -48,26 +50,57 @@ def _gradient_triton(  # type: ignore[no-untyped-def]
 
 # ---- CPU ----
 
-# Measured (one EPYC core, rows of 384 to 1024): from so many bytes a sample on, gathering into the result beats joining.
-_LARGE = 160 * 1024
+_CHUNK = 1 << 20  # bytes of float32 that are computed at a time, so that they stay in the cache
 
 
-def _run(ids: Tensor, index: Tensor | None, lengths: Tensor | None, prompts: int, slots: int) -> tuple[int, int, int] | None:
-    """(first place, last place + 1, first slot) when every sample holds the same rising slots there and none elsewhere."""
+class Run(NamedTuple):
+    """Where every sample of a batch holds the same rising soft tokens, and no other ones."""
+
+    start: int
+    stop: int
+    slot: int
+
+    def rows(self, soft: Tensor, index: Tensor | None) -> Tensor:
+        """The soft rows [1 or B, stop - start, d]."""
+        rows = soft[:, self.slot : self.slot + self.stop - self.start]
+        return rows if index is None else rows.index_select(0, index)
+
+
+def run_of(ids: Tensor, index: Tensor | None, lengths: Tensor | None, prompts: int, slots: int, words: int) -> Run | None:
+    """The run of a batch on a CPU, if that is all its soft tokens and every id is in range. NumPy has the least host cost."""
     values = ids.numpy()
-    if lengths is not None or not values.size:
+    if lengths is not None or not values.size or values.max() >= words:
         return None
     if index is not None and not (0 <= int(index.min()) and int(index.max()) < prompts):
         return None
-    held = np.flatnonzero(values[0] < 0)
-    if not len(held):
-        return (0, 0, 0) if values.min() >= 0 else None
-    start, stop = int(held[0]), int(held[-1]) + 1
-    first = -1 - int(values[0, start])
-    same = stop - start == len(held) and first + len(held) <= slots
-    same = same and bool((values[:, start:stop] == np.arange(-1 - first, -1 - first - len(held), -1)).all())
-    same = same and all(part.size == 0 or part.min() >= 0 for part in (values[:, :start], values[:, stop:]))
-    return (start, stop, first) if same else None
+    below = values < 0
+    size, rest = divmod(int(np.count_nonzero(below)), len(values))
+    if rest:
+        return None
+    if not size:
+        return Run(0, 0, 0)
+    start = int(below[0].argmax())
+    slot = -1 - int(values[0, start])
+    held = values[:, start : start + size]
+    if slot + size > slots or held.shape[1] < size or (held != np.arange(-1 - slot, -1 - slot - size, -1)).any():
+        return None
+    return Run(start, start + size, slot)
+
+
+def joins(ids: Tensor, width: int, run: Run) -> bool:
+    """Whether PyTorch's own joining is the best: of little, where host cost decides, and of much that is soft (measured)."""
+    return ids.numel() * width <= 2**17 or 3 * (run.stop - run.start) > ids.shape[1]
+
+
+def joined(ids: Tensor, vocab: Tensor, soft: Tensor, index: Tensor | None, run: Run) -> Tensor:
+    """The rows of a run and of the words around it, by operators that PyTorch differentiates."""
+    rows = run.rows(soft, index)
+    pieces = [rows if rows.shape[0] == len(ids) else rows.expand(len(ids), -1, -1)] if run.stop > run.start else []
+    if run.start:
+        pieces.insert(0, torch.embedding(vocab, ids[:, : run.start]))
+    if run.stop < ids.shape[1]:
+        pieces.append(torch.embedding(vocab, ids[:, run.stop :]))
+    return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0].clone()
 
 
 def _readers(
@@ -82,100 +115,77 @@ def _readers(
     is_slot = slot < slots
     chosen = is_slot & (n >= 0) & (n < prompts)
     is_soft = chosen if lengths is None else chosen & (slot < lengths[torch.where(chosen, n, 0)])
+    if bool(is_soft.all()):
+        return place, n * slots + slot, place[:0], place[:0]
     is_nothing = (slot == -1 - PADDING) | (is_slot & (n == -1)) | (chosen & ~is_soft)
     return place[is_soft], (n * slots + slot)[is_soft], place[is_nothing], place[~is_soft & ~is_nothing]
 
 
 def _forward_cpu(  # type: ignore[no-untyped-def]
-    ids, vocab, soft, index, lengths, positions, scale, dtype, triton
+    ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton
 ) -> Tensor:
     if triton:
-        return _forward_triton(ids, vocab, soft, index, lengths, positions, scale, dtype, triton)
-    batch, length = ids.shape
-    width = soft.shape[2]
-    run = _run(ids, index, lengths, *soft.shape[:2])
+        return _forward_triton(ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton)
+    length, width = ids.shape[1], soft.shape[2]
+    flat, soft = ids.reshape(-1), soft.detach()
+    words = flat.clamp(0, len(vocab) - 1)
+    inner = torch.promote_types(dtype, torch.float32)
     computes = scale != 1 or positions is not None
-    inner = torch.promote_types(dtype, torch.float32) if computes else dtype
-    out = torch.empty((batch, length, width), dtype=dtype)
-    bytes_ = max(length * width * inner.itemsize, 1)
-    at_once = 1 if bytes_ >= _LARGE else max(1, 8 * _LARGE // bytes_) if computes else max(batch, 1)
-    for first in range(0, batch, at_once):
-        samples = slice(first, first + at_once)
-        part = out[samples] if inner == dtype else torch.empty((len(ids[samples]), length, width), dtype=inner)
-        if run is None:
-            _words_into(part, ids[samples], vocab)
-        else:
-            start, stop, slot = run
-            rows = soft[:, slot : slot + stop - start]
-            rows = rows[index[samples]] if index is not None else rows[samples] if len(rows) > 1 else rows
-            _join_into(part, ids[samples], vocab, rows, start, stop)
-        if scale != 1:
-            part.mul_(scale)
-        if positions is not None:
-            part.add_(positions[:length])
-        if inner != dtype:
-            out[samples] = part
-    if run is None and out.numel():
-        _place_soft(out.view(-1, width), ids, vocab, soft, index, lengths, positions, scale)
-    return out
-
-
-def _words_into(part: Tensor, ids: Tensor, vocab: Tensor) -> None:
-    """Rows of the vocabulary everywhere."""
-    flat, rows = ids.reshape(-1).clamp(0, len(vocab) - 1), part.view(-1, part.shape[2])
-    if vocab.dtype == part.dtype:
-        torch.index_select(vocab, 0, flat, out=rows)
+    if not computes:
+        out = vocab.index_select(0, words).to(dtype)
     else:
-        rows.copy_(vocab.index_select(0, flat))
-
-
-def _join_into(part: Tensor, ids: Tensor, vocab: Tensor, rows: Tensor, start: int, stop: int) -> None:
-    """Soft rows [samples or 1, stop - start, d] at the same places of every sample, rows of the vocabulary elsewhere."""
-    if len(ids) == 1 and vocab.dtype == part.dtype:
-        for words, target in ((ids[0, :start], part[0, :start]), (ids[0, stop:], part[0, stop:])):
-            if len(words):
-                torch.index_select(vocab, 0, words, out=target)
-        part[:, start:stop] = rows
-    else:
-        pieces = [torch.embedding(vocab, ids[:, :start]), rows.expand(len(ids), -1, -1), torch.embedding(vocab, ids[:, stop:])]
-        torch.cat([piece.to(part.dtype) for piece in pieces if piece.shape[1]], 1, out=part)
-
-
-def _place_soft(
-    out: Tensor, ids: Tensor, vocab: Tensor, soft: Tensor, index: Tensor | None, lengths: Tensor | None,
-    positions: Tensor | None, scale: float,
-) -> None:  # fmt: skip
-    """Writes the soft rows, the rows of no token and those of wrong ids into out [B * T, d]."""
-    width = out.shape[1]
+        out = torch.empty((len(flat), width), dtype=dtype)
+        step = max(1, _CHUNK // (4 * length * width)) * length if len(flat) else 1
+        for first in range(0, len(flat), step):
+            rows = vocab.index_select(0, words[first : first + step]).to(inner).view(-1, length, width)
+            table = None if positions is None else positions[:length]
+            out[first : first + step] = _computed(rows, table, scale).view(-1, width)
+    if run:
+        found = Run(*run)
+        rows = found.rows(soft, index)
+        if computes:
+            table = None if positions is None else positions[found.start : found.stop]
+            rows = _computed(rows.to(inner, copy=True), table, scale)
+        out.view(*ids.shape, width)[:, found.start : found.stop] = rows
+        return out.view(*ids.shape, width)
     place, row, nothing, wrong = _readers(ids, index, lengths, *soft.shape[:2])
     rows = soft.reshape(-1, width).index_select(0, row)
-    if scale != 1 or positions is not None:
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).mul(scale)
-        if positions is not None:
-            rows = rows.add_(positions[place % ids.shape[1]])
-    out.index_copy_(0, place, rows.to(out.dtype))
-    out.index_fill_(0, nothing, 0.0)
-    out.index_fill_(0, torch.cat([wrong, (ids.reshape(-1) >= len(vocab)).nonzero()[:, 0]]), torch.nan)
+    if computes:
+        table = None if positions is None else positions[place % max(length, 1)]
+        rows = _computed(rows.to(inner), table, scale)
+    out[place] = rows.to(dtype)
+    if len(nothing):
+        out[nothing] = 0.0
+    for other in (wrong, (flat >= len(vocab)).nonzero()[:, 0]):
+        if len(other):
+            out[other] = torch.nan
+    return out.view(*ids.shape, width)
+
+
+def _computed(rows: Tensor, positions: Tensor | None, scale: float) -> Tensor:
+    """scale * rows + positions, in place."""
+    if scale != 1:
+        rows.mul_(scale)
+    return rows if positions is None else rows.add_(positions)
 
 
 def _gradient_cpu(  # type: ignore[no-untyped-def]
-    g, ids, index, lengths, prompts, slots, scale, dtype, triton
+    g, ids, index, lengths, prompts, slots, scale, dtype, run, triton
 ) -> Tensor:
     if triton:
-        return _gradient_triton(g, ids, index, lengths, prompts, slots, scale, dtype, triton)
+        return _gradient_triton(g, ids, index, lengths, prompts, slots, scale, dtype, run, triton)
     width = g.shape[2]
     inner = torch.promote_types(dtype, torch.float32)
-    run = _run(ids, index, lengths, prompts, slots)
     d = torch.zeros((prompts, slots, width), dtype=inner)
-    if run is not None:
+    if run:
         start, stop, slot = run
         read, target = g[:, start:stop], d[:, slot : slot + stop - start]
-        if prompts == 1:
-            torch.sum(read, 0, keepdim=True, dtype=inner, out=target)
-        elif index is None:
+        if index is not None:
+            target.index_add_(0, index, read.to(inner))  # one sample after the other
+        elif prompts > 1:
             target.copy_(read)
         else:
-            target.index_add_(0, index, read.to(inner))  # one sample after the other
+            torch.sum(read, 0, keepdim=True, dtype=inner, out=target)
     else:
         place, row, _, _ = _readers(ids, index, lengths, prompts, slots)
         length = max(ids.shape[1], 1)
@@ -187,13 +197,13 @@ def _gradient_cpu(  # type: ignore[no-untyped-def]
 
 
 def _forward_fake(  # type: ignore[no-untyped-def]
-    ids, vocab, soft, index, lengths, positions, scale, dtype, triton
+    ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton
 ) -> Tensor:
     return ids.new_empty((*ids.shape, soft.shape[2]), dtype=dtype)
 
 
 def _gradient_fake(  # type: ignore[no-untyped-def]
-    g, ids, index, lengths, prompts, slots, scale, dtype, triton
+    g, ids, index, lengths, prompts, slots, scale, dtype, run, triton
 ) -> Tensor:
     return g.new_empty((prompts, slots, g.shape[2]), dtype=dtype)
 
@@ -211,13 +221,13 @@ _gradient = torch.ops.fastprompt.soft_gather_gradient.default
 
 
 class SoftGather(torch.autograd.Function):
-    """`soft_gather` by the fused paths, with a gradient for the soft rows alone."""
+    """`soft_gather` by the fused paths, with a gradient for the soft rows alone. run: what `run_of` found, if it did."""
 
     @staticmethod
-    def forward(ctx, ids, vocab, soft, index, lengths, positions, scale, dtype, triton):  # type: ignore[no-untyped-def]
+    def forward(ctx, ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(ids, index, lengths)
-        ctx.settings = *soft.shape[:2], scale, soft.dtype, triton
-        return _forward(ids, vocab, soft, index, lengths, positions, scale, dtype, triton)
+        ctx.settings = *soft.shape[:2], scale, soft.dtype, run, triton
+        return _forward(ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
@@ -226,5 +236,4 @@ class SoftGather(torch.autograd.Function):
                 "fastprompt.functional.soft_gather has no second derivative: call backward without create_graph=True, "
                 'or use impl="torch"'
             )
-        d = _gradient(g, *ctx.saved_tensors, *ctx.settings)
-        return None, None, d, None, None, None, None, None, None
+        return None, None, _gradient(g, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None, None, None

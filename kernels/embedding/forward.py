@@ -62,9 +62,9 @@ def soft_gather_kernel(
     value = tl.where(is_soft[:, None], soft, word) * scale
     if positions_ptr is not None:
         place = positions_ptr + t * stride_positions_t
-        value += tl.load(
-            place[:, None] + column * stride_positions_d, mask=(is_word | is_soft)[:, None] & fits, other=0.0
-        ).to(tl.float32)
+        value += tl.load(place[:, None] + column * stride_positions_d, mask=(is_word | is_soft)[:, None] & fits, other=0.0).to(
+            tl.float32
+        )
     value = tl.where(known[:, None], value, float("nan"))
     out = out_ptr + row * WIDTH
     tl.store(out[:, None] + column, rounded(value, out_ptr.dtype.element_ty), mask=live[:, None] & fits)
