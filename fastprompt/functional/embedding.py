@@ -80,7 +80,7 @@ def soft_gather(
         run = ops.run_of(ids, prompt_index, soft_lengths, prompts, slots, words)
     if run is None:
         _check_values(ids, words, slots)
-    elif factor == 1 and positions is None and dtype == vocab_weight.dtype == soft.dtype and ops.joins(ids, width, run):
+    elif factor == 1 and positions is None and dtype == vocab_weight.dtype == soft.dtype and ops.joins(run, ids, width):
         return ops.joined(ids, vocab_weight, soft, prompt_index, run)
     if path == "torch" or dtype == torch.float64:
         return reference.soft_gather(ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, dtype)
@@ -135,7 +135,7 @@ def place_prompt(
         check_range("lengths", lengths, length + 1)
     same_device(ids, mask=mask, lengths=lengths, where=where if isinstance(where, Tensor) else None)
     kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    if isinstance(where, str) and lengths is None and (mask is None or count == 0):
+    if isinstance(where, str) and lengths is None and mask is None:
         at = {"front": 0, "after bos": min(1, count), "suffix": count}[where]
         slots = torch.arange(-1 - first, -1 - first - length, -1, device=ids.device).expand(batch, -1)
         return (
@@ -203,6 +203,8 @@ def map_vocabulary(weight: Tensor, vocab_weight: Tensor, source: Tensor | None =
 
 def _start_of(where: str, kept: Tensor) -> Tensor:
     """Where in its row a sample's prompt begins, int64 [B]."""
+    if not kept.shape[1]:
+        return kept.new_zeros(len(kept), dtype=torch.int64)
     real = (kept != 0).long()
     if where == "suffix":
         return (real * torch.arange(1, kept.shape[1] + 1, device=kept.device)).amax(1)

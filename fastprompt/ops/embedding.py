@@ -71,7 +71,7 @@ def run_of(ids: Tensor, index: Tensor | None, lengths: Tensor | None, prompts: i
     values = ids.numpy()
     if lengths is not None or not values.size or values.max() >= words:
         return None
-    if index is not None and not (0 <= int(index.min()) and int(index.max()) < prompts):
+    if index is not None and (int(index.min()) < 0 or int(index.max()) >= prompts):
         return None
     below = values < 0
     size, rest = divmod(int(np.count_nonzero(below)), len(values))
@@ -87,20 +87,21 @@ def run_of(ids: Tensor, index: Tensor | None, lengths: Tensor | None, prompts: i
     return Run(start, start + size, slot)
 
 
-def joins(ids: Tensor, width: int, run: Run) -> bool:
+def joins(run: Run, ids: Tensor, width: int) -> bool:
     """Whether PyTorch's own joining is the best: of little, where host cost decides, and of much that is soft (measured)."""
-    return ids.numel() * width <= 2**17 or 3 * (run.stop - run.start) > ids.shape[1]
+    size = run.stop - run.start
+    return size > 0 and (ids.numel() * width <= 2**17 or 3 * size > ids.shape[1])
 
 
 def joined(ids: Tensor, vocab: Tensor, soft: Tensor, index: Tensor | None, run: Run) -> Tensor:
     """The rows of a run and of the words around it, by operators that PyTorch differentiates."""
     rows = run.rows(soft, index)
-    pieces = [rows if rows.shape[0] == len(ids) else rows.expand(len(ids), -1, -1)] if run.stop > run.start else []
+    pieces = [rows if len(rows) == len(ids) else rows.expand(len(ids), -1, -1)]
     if run.start:
         pieces.insert(0, torch.embedding(vocab, ids[:, : run.start]))
     if run.stop < ids.shape[1]:
         pieces.append(torch.embedding(vocab, ids[:, run.stop :]))
-    return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0].clone()
+    return torch.cat(pieces, 1)
 
 
 def _readers(

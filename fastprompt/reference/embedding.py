@@ -27,15 +27,13 @@ def soft_gather(
     is_word = (ids >= 0) & (ids < len(vocab))
     is_slot = (ids < 0) & (slot < slots)
     chosen = is_slot & (n >= 0) & (n < prompts)
-    is_soft = chosen
-    if lengths is not None and prompts:
-        is_soft = chosen & (slot < lengths[n.clamp(0, prompts - 1)])
+    is_soft = chosen if lengths is None else chosen & (slot < lengths[torch.where(chosen, n, 0)])
     is_nothing = (ids == PADDING) | (is_slot & (n == -1)) | (chosen & ~is_soft)
 
-    rows = vocab[torch.where(is_word, ids, 0)].to(inner)
-    if prompts * slots:
-        place = torch.where(is_soft, n * slots + slot, 0)
-        rows = torch.where(is_soft[..., None], soft.to(inner).reshape(-1, width)[place], rows)
+    table = torch.nn.functional.pad(soft.to(inner).reshape(-1, width), (0, 0, 0, 1))  # a row for all that read none
+    soft_rows = table.index_select(0, torch.where(is_soft, n * slots + slot, prompts * slots).reshape(-1))
+    words = vocab[torch.where(is_word, ids, 0)].to(inner)
+    rows = torch.where(is_soft[..., None], soft_rows.view(words.shape), words)
     out = scale * rows
     if positions is not None:
         out = out + positions[: ids.shape[1]].to(inner)
