@@ -184,11 +184,11 @@ class PromptTokens(_OnEmbeddings):
         if where is None:
             seen = ids != functional.PADDING if mask is None else mask
         else:
+            lengths = sizes
+            if sizes is not None:
+                lengths = sizes.expand(len(ids)) if index is None else sizes[index.clamp(0, self.prompts - 1)]
             if index is not None:
-                own = index.new_full((), self.length) if sizes is None else sizes[index.clamp(0, self.prompts - 1)]
-                lengths = torch.where(index < 0, 0, own)
-            else:
-                lengths = None if sizes is None else sizes.expand(len(ids))
+                lengths = torch.where(index < 0, 0, self.length if lengths is None else lengths)
             ids, seen = functional.place_prompt(ids, self.length, where, mask=mask, lengths=lengths, padding=padding)
             sizes = None  # what a prompt has not was not placed
         rows = functional.soft_gather(
@@ -268,7 +268,7 @@ class EmbeddingMap(_OnEmbeddings):
         seed: of the drawn source words.
 
     Attributes:
-        weight: Parameter [V_T, V] or [V_T, k]. It starts so that new rows are as long as the frozen ones.
+        weight: Parameter [V_T, V] or [V_T, k], normal, so that new rows start about as long as the frozen ones.
         source: buffer int64 [V_T, k], with k.
 
     Raises:
@@ -293,7 +293,7 @@ class EmbeddingMap(_OnEmbeddings):
         else:
             generator = torch.Generator().manual_seed(seed)
             drawn = [torch.randperm(sources, generator=generator)[:k] for _ in range(targets)]
-            self.weight = nn.Parameter(torch.full((targets, k), k**-0.5))
+            self.weight = nn.Parameter(torch.randn(targets, k) * k**-0.5)
             self.register_buffer("source", torch.stack(drawn))
 
     def table(self, vocab_weight: Tensor) -> Tensor:
@@ -381,4 +381,4 @@ class PrototypeAttention(_OnEmbeddings):
             for part in (self.query(patches.flatten(0, 1)), self.key(table), self.value(table))
         )
         seen = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(seen[0].transpose(0, 1).reshape(batch, length, -1))
+        return self.out(seen[0].transpose(0, 1).flatten(1)).view(batch, length, self.width)
