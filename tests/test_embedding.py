@@ -24,7 +24,6 @@ needs_triton = pytest.mark.skipif(not _runtime.HAS_TRITON, reason="needs Triton"
 TRITON = pytest.param("triton", marks=needs_triton)
 IMPLS = ("torch", "auto", TRITON)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DTYPES = (F32, F16, BF16)
 WRONG = torch.iinfo(torch.int64).max
 
 
@@ -113,7 +112,7 @@ EMPTY = ((0, 5, 1, 2, 8), (2, 0, 1, 2, 8), (2, 3, 1, 0, 8), (0, 0, 1, 0, 3))
 
 
 @pytest.mark.usefixtures("poison", "small_launch")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, pytest.param(F16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("size", SIZES + EMPTY, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_token_is_its_row(impl, size, dtype, device):
@@ -129,6 +128,15 @@ def test_every_token_is_its_row(impl, size, dtype, device):
         agree(impl, device, ids, vocab, soft[0])
     if batch > 1 and slots:
         agree(impl, device, ids, vocab, rand(batch, slots, width, seed=2))  # one prompt a sample
+
+
+@pytest.mark.usefixtures("small_launch")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_soft_token_that_stands_several_times_gets_the_sum(impl, device):
+    """With others, padding and words in between; in all samples, in one, and not at all."""
+    ids = torch.tensor([[-1, -2, -1, PADDING, -1, 3, -1], [-2, -2, 5, -1, -3, -2, -1], [0, 1, 2, 3, -2, 4, 5]])
+    agree(impl, device, ids, rand(11, 9), rand(1, 4, 9, seed=1))
+    agree(impl, device, ids, rand(11, 9), rand(2, 3, 9, seed=1), prompt_index=torch.tensor([1, 0, 1]))
 
 
 @pytest.mark.usefixtures("poison", "small_launch")
@@ -211,6 +219,8 @@ def test_layouts(impl, device):
     want = both(*given)
     for place, x in enumerate(given):
         for name, other in layouts(x.cpu()[:, None] if x.dim() == 1 else x.cpu()).items():
+            if impl == "triton" and name == "slice":
+                continue  # a slow interpreter, and "rows apart" shows as much
             changed = [*given]
             changed[place] = (other[:, 0] if x.dim() == 1 else other).to(device) if device.type == "cpu" else x
             for got, true in zip(both(*changed), want, strict=True):
@@ -470,7 +480,7 @@ def test_opcheck(triton, device):
     torch.library.opcheck(torch.ops.fastprompt.soft_gather_gradient, (g, ids, index, lengths, 2, 3, 2.0, F32, (), triton))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [pytest.param("torch", marks=pytest.mark.slow), "auto", TRITON])
 def test_torch_compile_without_a_graph_break(impl, device):
     torch._dynamo.reset()
     words, vocab = (torch.arange(12) % 11).view(2, 6).to(device), rand(11, 8).to(device)
