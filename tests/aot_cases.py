@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from fastprompt.functional import segments as segments_of
+from fastprompt.ops import embedding as embedding_ops
 from fastprompt.ops import mapping as mapping_ops
 from fastprompt.ops import perturbation as ops
 from fastprompt.tuning import attention as attention_tuning
@@ -179,7 +180,35 @@ def attention(arch: str, whole: bool) -> None:
         attention_backward(out, lse, *operands, out, lse, needs=needs, **flags, launch=launch)
 
 
+def embedding() -> None:
+    """Wide and narrow rows with every option, with one prompt a sample and with none; the dtypes that a frozen model has."""
+    half, single, long = torch.bfloat16, torch.float32, torch.int64
+    cells = [
+        (half, 4096, "plain"),
+        (half, 4096, "own"),
+        (half, 4096, "everything"),
+        (half, 1000, "everything"),
+        (half, 1, "plain"),
+    ]
+    cells += [(torch.float16, 768, "plain"), (single, 768, "everything"), (half, 33, "everything"), (half, 64, "plain")]
+    for dtype, width, options in cells:
+        vocab, ids = torch.zeros(512, width, dtype=dtype), torch.zeros(8, 128, dtype=long)
+        soft = torch.zeros({"plain": 1, "own": 8, "everything": 3}[options], 20, width)
+        index = lengths = positions = None
+        if options == "everything":
+            index, lengths, positions = (
+                torch.zeros(8, dtype=long),
+                torch.zeros(3, dtype=long),
+                torch.zeros(128, width, dtype=dtype),
+            )
+        out = embedding_ops._forward_triton(ids, vocab, soft, index, lengths, positions, 2.0, dtype, (), True)
+        embedding_ops._gradient_triton(out, ids, index, lengths, *soft.shape[:2], 2.0, single, (), True)
+    many = torch.zeros(1024, 2, 64, dtype=half)  # in chunks
+    embedding_ops._gradient_triton(many, torch.zeros(1024, 2, dtype=long), None, None, 1, 1, 2.0, half, (), True)
+
+
 def launch_all(arch: str, whole: bool) -> None:
     perturbation()
     mapping(arch, whole)
+    embedding()
     attention(arch, whole)

@@ -18,7 +18,7 @@ from tests.conftest import HAS_TRITON
 ROOT = Path(__file__).parent.parent
 GRADIENTS = (
     "prompt_gradient", "prompt_gradient_sum", "image_gradient", "cells_gradient", "map_labels_gradient", "reduce_segments",
-    "reduce_segments_gradient", "total_loss",
+    "reduce_segments_gradient", "total_loss", "locate_slots", "soft_gradient", "soft_gradient_sum",
 )  # fmt: skip
 ATTENTION = ("forward", "query_gradient", "own_gradient", "prefix_gradient")  # what walks over keys or queries
 FEW = ("attention_forward_kernel", "attention_query_gradient_kernel")  # 16 queries are too few rows for wgmma
@@ -87,6 +87,9 @@ def test_accesses_are_wide(target):
     stores = [row["wide"]["st"] for row in table(target) if row["name"] == "perturb_forward_kernel"]
     assert stores
     assert all(widths == [16] for widths in stores), stores
+    gathers = [row["wide"] for row in table(target) if row["name"] == "soft_gather_kernel"]
+    whole = [wide for wide in gathers if wide["st"] == [16] and 16 in wide["ld"] and 2 not in wide["ld"]]
+    assert len(whole) >= 6, gathers  # all but rows of 1, 33 and 1000
     loads = [row["wide"]["ld"] for row in table(target) if row["name"] == "prompt_gradient_kernel"]
     assert sum(16 in widths for widths in loads) > 0.7 * len(loads), loads
     stores = [row["wide"]["st"] for row in table(target) if row["name"] == "reduce_segments_gradient_kernel"]
@@ -113,7 +116,7 @@ def test_attention_reads_wide_and_multiplies_on_the_tensor_cores(target):
 
 
 def test_every_configuration_is_compiled(target):
-    from fastprompt.tuning import attention, mapping, perturbation
+    from fastprompt.tuning import attention, embedding, mapping, perturbation
 
     compiled = {(row["name"], *row["blocks"].values(), row["options"]["num_warps"]) for row in table(target)}
     for kernel in ("forward", "prompt_gradient"):
@@ -123,6 +126,10 @@ def test_every_configuration_is_compiled(target):
     widest = {kernel: (launch.ROWS, launch.COLUMNS, launch.num_warps) for kernel, launch in mapping.CONFIGS.items()}
     for kernel, name in (("forward", "map_labels_kernel"), ("gradient", "map_labels_gradient_kernel")):
         assert (name, *widest[kernel]) in compiled, (widest, compiled)
+    for kernel, name in (("gather", "soft_gather"), ("locate", "locate_slots"), ("add", "soft_gradient")):
+        launch = embedding.CONFIGS[kernel]
+        columns = min(launch.COLUMNS, 32) if kernel == "locate" else launch.COLUMNS  # 20 slots
+        assert (f"{name}_kernel", launch.ROWS * launch.COLUMNS // columns, columns, launch.num_warps) in compiled, launch
     if target == "sm_90+":  # elsewhere a part of the table is compiled
         names = [f"attention_{name}_kernel" for name in ATTENTION]
         for tiles in attention.HOPPER.values():

@@ -5,6 +5,7 @@
 """
 
 from fastprompt.functional.attention import prefix_attention
+from fastprompt.functional.embedding import PADDING, map_vocabulary, place_prompt, soft_gather, soft_ids
 from fastprompt.functional.mapping import (
     COUNT_UNIT,
     LabelColumns,
@@ -24,6 +25,7 @@ from fastprompt.functional.perturbation import Normalization, normalization, per
 
 __all__ = [
     "COUNT_UNIT",
+    "PADDING",
     "LabelColumns",
     "Normalization",
     "Segments",
@@ -33,12 +35,16 @@ __all__ = [
     "label_columns",
     "label_head",
     "map_labels",
+    "map_vocabulary",
     "mapped_cross_entropy",
     "match_labels",
     "normalization",
     "perturb",
+    "place_prompt",
     "prefix_attention",
     "scale_image",
     "segments",
+    "soft_gather",
+    "soft_ids",
     "stack_maps",
 ]

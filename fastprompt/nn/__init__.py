@@ -7,6 +7,7 @@ from fastprompt.nn.attention import (
     SoftPrompt,
     scaled_dot_product_attention,
 )
+from fastprompt.nn.embedding import EmbeddingMap, PromptTokens, PrototypeAttention, TrainableTokens
 from fastprompt.nn.mapping import AttributeMap, BayesianMap, DescriptionMap, LabelMap, LinearMap, Refresh
 from fastprompt.nn.perturbation import (
     FramePrompt,
@@ -33,6 +34,7 @@ __all__ = [
     "ContextualCalibration",
     "DeepPrompt",
     "DescriptionMap",
+    "EmbeddingMap",
     "FramePrompt",
     "GeneratedPrompt",
     "KnowledgeableVerbalizer",
@@ -45,11 +47,14 @@ __all__ = [
     "PatchPrompt",
     "PrefixKV",
     "PromptAttention",
+    "PromptTokens",
+    "PrototypeAttention",
     "PrototypicalVerbalizer",
     "Refresh",
     "SeriesPrompt",
     "SoftPrompt",
     "SoftVerbalizer",
+    "TrainableTokens",
     "Verbalizer",
     "label_head_of",
     "scaled_dot_product_attention",

@@ -1,0 +1,259 @@
+"""From token ids to embeddings, with soft tokens among them.
+
+An id from 0 on is a row of the vocabulary. Soft token j of a sample's prompt is written -(j + 1), anywhere in `ids`: -1 is the
+first, -2 the second. `PADDING` is no token at all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastprompt.functional.checks import bad, check_labels, check_range, looks_at_values, one_of, path_of, same_device
+from fastprompt.ops import embedding as ops
+from fastprompt.reference import embedding as reference
+from fastprompt.reference.embedding import PADDING
+
+
+def soft_gather(
+    ids: Tensor, vocab_weight: Tensor, soft_weight: Tensor, *, prompt_index: Tensor | None = None,
+    soft_lengths: Tensor | None = None, scale: float | None = None, positions: Tensor | None = None,
+    dtype: torch.dtype | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """One gather from the frozen vocabulary and from soft tokens that stand anywhere among the ids.
+
+        out[b, t] = scale * vocab_weight[id] + positions[t]         id = ids[b, t] >= 0
+        out[b, t] = scale * soft_weight[n, j] + positions[t]        id = -(j + 1), n = prompt_index[b]
+
+    Prompt tuning: Lester et al. 2021 (arXiv 2104.08691); templates: P-tuning, Liu et al. 2021 (arXiv 2103.10385). Every row
+    is read and written once, where joining writes it twice and choosing between two gathers reads it three times. The
+    gradient is that of the soft rows alone, the sum over all places that read one; the vocabulary gets none.
+
+    Args:
+        ids: int64 [B, T]: vocabulary ids, soft tokens -(j + 1) and `PADDING`. `place_prompt` and `soft_ids` write them.
+        vocab_weight: the frozen embedding matrix [V, d], any strides.
+        soft_weight: [N, P, d] or [P, d], floating point, any dtype and strides. N = 1 is shared by the batch; N = B is one a
+            sample; other N need a prompt_index.
+        prompt_index: int64 [B]: each sample's prompt; -1: none, its soft tokens are no tokens.
+        soft_lengths: int64 [N]: how many of the P soft tokens of each prompt exist, counted from the first; the others are
+            no tokens.
+        scale: multiplies both tables' rows, such as Gemma's sqrt(d). Default: 1.
+        positions: [T or more, d], frozen: row t is added to every sample's token t.
+        dtype: of the result. Default: that of vocab_weight, with and without autocast: values are moved.
+        impl: see the module.
+
+    Returns:
+        [B, T, d], computed in float32 and rounded once; bit for bit the rows themselves without scale and positions. What is
+        no token is a row of 0. The gradient has the same bits every time.
+
+        On a GPU an id, or the index of a sample that holds soft tokens, that is out of range gives a row of NaN and has no
+        gradient; other rows are untouched (FASTPROMPT_CHECK=1 raises instead).
+
+    Raises:
+        ValueError, TypeError: what was expected and what came; so for a vocabulary that asks for a gradient, which would be
+            [V, d] large: `fastprompt.nn.TrainableTokens` trains single rows.
+        RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one).
+    """
+    _check_ids("ids", ids)
+    soft = _check_tables(vocab_weight, soft_weight, positions, ids.shape[1])
+    words, (prompts, slots, width) = len(vocab_weight), soft.shape
+    _check_prompts(ids, soft, prompt_index, soft_lengths)
+    same_device(
+        ids,
+        vocab_weight=vocab_weight,
+        soft_weight=soft,
+        prompt_index=prompt_index,
+        soft_lengths=soft_lengths,
+        positions=positions,
+    )
+    tables = [table for table in (vocab_weight, soft, positions) if table is not None]
+    wide = [table for table in tables if table.dtype == torch.float64]
+    path = path_of(impl, wide[0] if wide else vocab_weight)
+    if dtype is None:
+        dtype = vocab_weight.dtype
+    elif not dtype.is_floating_point:
+        raise bad("dtype", "a floating point dtype", dtype)
+    factor = 1.0 if scale is None else float(scale)
+    run = None
+    if path == "auto" and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        run = ops.run_of(ids, prompt_index, soft_lengths, prompts, slots, words)
+    if run is None:
+        _check_values(ids, words, slots)
+    elif factor == 1 and positions is None and dtype == vocab_weight.dtype == soft.dtype and ops.joins(run, ids, width):
+        return ops.joined(ids, vocab_weight, soft, prompt_index, run)
+    if path == "torch" or dtype == torch.float64:
+        return reference.soft_gather(ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, dtype)
+    return ops.SoftGather.apply(
+        ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, dtype, run or (), path == "triton"
+    )
+
+
+def place_prompt(
+    ids: Tensor, length: int, where: str | Tensor = "front", *, mask: Tensor | None = None, lengths: Tensor | None = None,
+    first: int = 0, padding: str = "right",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes `length` soft tokens among the ids of every sample, on their device: (ids, attention mask), [B, T + length].
+
+    The ids of `soft_gather`: -(first + 1), -(first + 2), ... A template of several parts is several calls, each `first` where
+    the one before ended. What else belongs to the tokens moves with them:
+
+        order, _ = place_prompt(torch.arange(T).expand(B, T), length, where)
+        labels = torch.where(order < 0, -100, labels.gather(1, order.clamp(min=0)))
+
+    Args:
+        ids: int64 [B, T].
+        length: of the prompt.
+        where: "front": before a sample's first token. "after bos": behind its first token. "suffix": behind its last token.
+            int64 [B]: before that place of the sample's row, from 0 to T.
+        mask: [B, T], bool or numbers, not 0 for a token: padding on either side stays outside. Default: all are tokens.
+        lengths: int64 [B], at most `length`: each sample's own. What it needs less is `PADDING` at the end of its row.
+        first: the number of the first soft token.
+        padding: "left" puts that padding at the start of the row, for generation.
+
+    Returns:
+        ids, and a mask in the dtype of the given one (bool without one): the prompt counts as tokens.
+
+    Raises:
+        ValueError, TypeError: what was expected and what came.
+    """
+    _check_ids("ids", ids)
+    batch, count = ids.shape
+    for name, number in (("length", length), ("first", first)):
+        if number < 0:
+            raise bad(name, "at least 0", number)
+    one_of("padding", padding, ("right", "left"))
+    if mask is not None and mask.shape != ids.shape:
+        raise bad("mask", f"[{batch}, {count}] like ids", list(mask.shape))
+    if isinstance(where, str):
+        one_of("where", where, ("front", "after bos", "suffix"))
+    else:
+        check_labels("where", where, batch)
+        check_range("where", where, count + 1)
+    if lengths is not None:
+        check_labels("lengths", lengths, batch)
+        check_range("lengths", lengths, length + 1)
+    same_device(ids, mask=mask, lengths=lengths, where=where if isinstance(where, Tensor) else None)
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    if isinstance(where, str) and lengths is None and mask is None:
+        at = {"front": 0, "after bos": min(1, count), "suffix": count}[where]
+        slots = torch.arange(-1 - first, -1 - first - length, -1, device=ids.device).expand(batch, -1)
+        return (
+            torch.cat([ids[:, :at], slots, ids[:, at:]], 1),
+            torch.cat([kept[:, :at], kept.new_ones((batch, length)), kept[:, at:]], 1),
+        )
+    start = _start_of(where, kept) if isinstance(where, str) else where
+    size = torch.full_like(start, length) if lengths is None else lengths
+    place = torch.arange(count + length, device=ids.device) - (length - size if padding == "left" else size * 0)[:, None]
+    start, size = start[:, None], size[:, None]
+    slot = place - start
+    is_soft = (slot >= 0) & (slot < size)
+    source = torch.where(slot < 0, place, place - size)
+    is_own = ~is_soft & (source >= 0) & (source < count)
+    if not count:
+        return torch.where(is_soft, -1 - first - slot, PADDING), is_soft.to(kept.dtype)
+    source = source.clamp(0, count - 1)
+    placed = torch.where(is_own, ids.gather(1, source), PADDING)
+    return (
+        torch.where(is_soft, -1 - first - slot, placed),
+        torch.where(is_soft, 1, torch.where(is_own, kept.gather(1, source), 0)).to(kept.dtype),
+    )
+
+
+def soft_ids(ids: Tensor, trained: Tensor) -> Tensor:
+    """Vocabulary ids with those that are trained written as soft tokens: trained[j] becomes -(j + 1), on the device.
+
+    Args:
+        ids: int64 [B, T], vocabulary ids or `PADDING`. Another negative id becomes one that no table has.
+        trained: int64 [K], rising.
+    """
+    _check_ids("ids", ids)
+    check_labels("trained", trained, None)
+    if looks_at_values(trained) and bool((trained.diff() <= 0).any()):
+        raise bad("trained", "rising ids", trained[:8].tolist())
+    same_device(ids, trained=trained)
+    if looks_at_values(ids) and ids.numel() and int(ids.min()) < 0:
+        negative = ids[(ids < 0) & (ids != PADDING)]
+        if len(negative):
+            raise bad("ids", "vocabulary ids or PADDING", negative[:8].tolist())
+    ids = torch.where((ids < 0) & (ids != PADDING), torch.iinfo(torch.int64).max, ids)
+    if not len(trained):
+        return ids
+    place = torch.searchsorted(trained, ids).clamp(max=len(trained) - 1)
+    return torch.where(trained[place] == ids, -1 - place, ids)
+
+
+def map_vocabulary(weight: Tensor, vocab_weight: Tensor, source: Tensor | None = None) -> Tensor:
+    """A new vocabulary [V_T, d] of weighted sums of the frozen one's rows [V, d], in the dtype of the weights.
+
+    Args:
+        weight: [V_T, V], or with `source` [V_T, k].
+        source: int64 [V_T, k]: the k rows that each new one is made of; values from 0 to V - 1.
+    """
+    words, columns = len(vocab_weight), len(vocab_weight) if source is None else source.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != columns or (source is not None and source.shape != weight.shape):
+        raise bad("weight", f"[V_T, {columns}]", list(weight.shape))
+    if source is None:
+        return weight @ vocab_weight.to(weight.dtype)
+    if source.dtype != torch.int64:
+        raise TypeError(f"source: expected int64, got {source.dtype}")
+    check_range("source", source.flatten(), words)
+    return F.embedding_bag(source, vocab_weight.to(weight.dtype), mode="sum", per_sample_weights=weight)
+
+
+def _start_of(where: str, kept: Tensor) -> Tensor:
+    """Where in its row a sample's prompt begins, int64 [B]."""
+    if not kept.shape[1]:
+        return kept.new_zeros(len(kept), dtype=torch.int64)
+    real = (kept != 0).long()
+    if where == "suffix":
+        return (real * torch.arange(1, kept.shape[1] + 1, device=kept.device)).amax(1)
+    return real.argmax(1) + (real.amax(1) if where == "after bos" else 0)
+
+
+def _check_ids(argument: str, ids: Tensor) -> None:
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{argument}: expected int64, got {ids.dtype}")
+    if ids.dim() != 2:
+        raise bad(argument, "[B, T]", list(ids.shape))
+
+
+def _check_tables(vocab: Tensor, soft: Tensor, positions: Tensor | None, length: int) -> Tensor:
+    """The soft tokens as [N, P, d]."""
+    for name, table in (("vocab_weight", vocab), ("soft_weight", soft), ("positions", positions)):
+        if table is not None and not table.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point dtype, got {table.dtype}")
+        if table is not None and name != "soft_weight" and table.requires_grad and torch.is_grad_enabled():
+            raise bad(name, "a frozen table (detach it; nn.TrainableTokens trains single rows)", "requires_grad=True")
+    if vocab.dim() != 2 or not vocab.numel():
+        raise bad("vocab_weight", "[V, d] with at least one row and column", list(vocab.shape))
+    width = vocab.shape[1]
+    if soft.dim() not in (2, 3) or soft.shape[-1] != width:
+        raise bad("soft_weight", f"[N, P, {width}] or [P, {width}]", list(soft.shape))
+    if positions is not None and (positions.dim() != 2 or positions.shape[0] < length or positions.shape[1] != width):
+        raise bad("positions", f"[{length} or more, {width}]", list(positions.shape))
+    return soft if soft.dim() == 3 else soft[None]
+
+
+def _check_prompts(ids: Tensor, soft: Tensor, index: Tensor | None, lengths: Tensor | None) -> None:
+    prompts = soft.shape[0]
+    if index is not None:
+        check_labels("prompt_index", index, ids.shape[0])
+        check_range("prompt_index", index, prompts, ignored=-1)
+    elif prompts not in (1, ids.shape[0]):
+        raise bad("soft_weight", f"1 or {ids.shape[0]} prompts without a prompt_index", f"{prompts} prompts")
+    if lengths is not None:
+        check_labels("soft_lengths", lengths, prompts)
+        check_range("soft_lengths", lengths, soft.shape[1] + 1)
+
+
+def _check_values(ids: Tensor, words: int, slots: int) -> None:
+    if not looks_at_values(ids) or not ids.numel():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low >= -slots and high < words:
+        return
+    wrong = ids[(ids >= words) | ((ids < -slots) & (ids != PADDING))]
+    if len(wrong):
+        soft = f"soft tokens from -1 to -{slots}" if slots else "no soft tokens"
+        raise bad("ids", f"values from 0 to {words - 1}, {soft}, or PADDING", wrong[:8].tolist())

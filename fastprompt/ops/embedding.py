@@ -1,0 +1,239 @@
+"""Operators of the embedding family: schemas, CUDA and CPU implementations, fakes and the `autograd.Function`.
+
+On CUDA tensors the Triton kernels run. On CPU tensors PyTorch's own row gather does, over the whole result, into which the
+soft rows are then written; with impl="triton" the kernels run there too, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastprompt import _runtime
+from fastprompt.reference.embedding import PADDING
+from fastprompt.tuning.embedding import pick
+
+if _runtime.HAS_TRITON:
+    from fastprompt.kernels.embedding import backward as kernel_backward
+    from fastprompt.kernels.embedding import forward as kernel_forward
+
+_library = torch.library.Library("fastprompt", "FRAGMENT")
+_library.define(
+    "soft_gather(Tensor ids, Tensor vocab, Tensor soft, Tensor? index, Tensor? lengths, Tensor? positions, float scale, "
+    "ScalarType dtype, int[] run, bool triton) -> Tensor"
+)
+_library.define(
+    "soft_gather_gradient(Tensor g, Tensor ids, Tensor? index, Tensor? lengths, SymInt prompts, SymInt slots, float scale, "
+    "ScalarType dtype, int[] run, bool triton) -> Tensor"
+)
+
+# ---- Triton ----
+
+
+def _forward_triton(  # type: ignore[no-untyped-def]
+    ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton
+) -> Tensor:
+    launch = pick("gather", soft.shape[2], _runtime.arch(ids.device))
+    return kernel_forward.soft_gather(ids, vocab, soft, index, lengths, positions, scale, dtype, PADDING, launch)
+
+
+def _gradient_triton(  # type: ignore[no-untyped-def]
+    g, ids, index, lengths, prompts, slots, scale, dtype, run, triton
+) -> Tensor:
+    arch = _runtime.arch(g.device)
+    launches = pick("locate", slots, arch), pick("add", g.shape[2], arch), pick("add chunks", g.shape[2], arch)
+    return kernel_backward.soft_gradient(g, ids, index, lengths, prompts, slots, scale, dtype, launches)
+
+
+# ---- CPU ----
+
+_CHUNK = 1 << 20  # bytes of float32 that are computed at a time, so that they stay in the cache
+
+
+class Run(NamedTuple):
+    """Where every sample of a batch holds the same rising soft tokens, and no other ones."""
+
+    start: int
+    stop: int
+    slot: int
+
+    def rows(self, soft: Tensor, index: Tensor | None) -> Tensor:
+        """The soft rows [1 or B, stop - start, d]."""
+        rows = soft[:, self.slot : self.slot + self.stop - self.start]
+        return rows if index is None else rows.index_select(0, index)
+
+
+def run_of(ids: Tensor, index: Tensor | None, lengths: Tensor | None, prompts: int, slots: int, words: int) -> Run | None:
+    """The run of a batch on a CPU, if that is all its soft tokens and every id is in range. NumPy has the least host cost."""
+    values = ids.numpy()
+    if lengths is not None or not values.size:
+        return None
+    if index is not None and (int(index.min()) < 0 or int(index.max()) >= prompts):
+        return None
+    known = int(np.count_nonzero(values.view(np.uint64) < words))  # a negative number is a large one without its sign
+    size, rest = divmod(values.size - known, len(values))
+    if rest:
+        return None
+    if not size:
+        return Run(0, 0, 0)
+    start = int((values[0] < 0).argmax())
+    slot = -1 - int(values[0, start])
+    held = values[:, start : start + size]
+    if slot < 0 or slot + size > slots or held.shape[1] < size:
+        return None
+    return Run(start, start + size, slot) if (held == np.arange(-1 - slot, -1 - slot - size, -1)).all() else None
+
+
+def joins(run: Run, ids: Tensor, width: int) -> bool:
+    """Whether PyTorch's own joining is the best: up to 4 MB of float32, where host cost decides (measured)."""
+    return run.stop > run.start and ids.numel() * width <= 2**20
+
+
+def joined(ids: Tensor, vocab: Tensor, soft: Tensor, index: Tensor | None, run: Run) -> Tensor:
+    """The rows of a run and of the words around it, by operators that PyTorch differentiates."""
+    rows = run.rows(soft, index)
+    pieces = [rows if len(rows) == len(ids) else rows.expand(len(ids), -1, -1)]
+    if run.start:
+        pieces.insert(0, torch.embedding(vocab, ids[:, : run.start]))
+    if run.stop < ids.shape[1]:
+        pieces.append(torch.embedding(vocab, ids[:, run.stop :]))
+    return torch.cat(pieces, 1)
+
+
+def _readers(
+    ids: Tensor, index: Tensor | None, lengths: Tensor | None, prompts: int, slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of flattened ids: the places that read soft rows, and which [N * P]; the places of no token; those of wrong ids."""
+    flat = ids.reshape(-1)
+    place = (flat < 0).nonzero()[:, 0]
+    slot = -1 - flat[place]
+    sample = place // max(ids.shape[1], 1)
+    n = index[sample] if index is not None else sample if prompts > 1 else torch.zeros_like(sample)
+    is_slot = slot < slots
+    chosen = is_slot & (n >= 0) & (n < prompts)
+    is_soft = chosen if lengths is None else chosen & (slot < lengths[torch.where(chosen, n, 0)])
+    if bool(is_soft.all()):
+        return place, n * slots + slot, place[:0], place[:0]
+    is_nothing = (slot == -1 - PADDING) | (is_slot & (n == -1)) | (chosen & ~is_soft)
+    return place[is_soft], (n * slots + slot)[is_soft], place[is_nothing], place[~is_soft & ~is_nothing]
+
+
+def _forward_cpu(  # type: ignore[no-untyped-def]
+    ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton
+) -> Tensor:
+    if triton:
+        return _forward_triton(ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton)
+    length, width = ids.shape[1], soft.shape[2]
+    flat, soft = ids.reshape(-1), soft.detach()
+    words = flat.clamp(0, len(vocab) - 1)
+    inner = torch.promote_types(dtype, torch.float32)
+    computes = scale != 1 or positions is not None
+    if not computes:
+        out = vocab.index_select(0, words).to(dtype)
+    else:
+        out = torch.empty((len(flat), width), dtype=dtype)
+        step = max(1, _CHUNK // (4 * length * width)) * length if len(flat) else 1
+        for first in range(0, len(flat), step):
+            rows = vocab.index_select(0, words[first : first + step]).to(inner).view(-1, length, width)
+            table = None if positions is None else positions[:length]
+            out[first : first + step] = _computed(rows, table, scale).view(-1, width)
+    if run:
+        found = Run(*run)
+        rows = found.rows(soft, index)
+        if computes:
+            table = None if positions is None else positions[found.start : found.stop]
+            rows = _computed(rows.to(inner, copy=True), table, scale)
+        out.view(*ids.shape, width)[:, found.start : found.stop] = rows
+        return out.view(*ids.shape, width)
+    place, row, nothing, wrong = _readers(ids, index, lengths, *soft.shape[:2])
+    rows = soft.reshape(-1, width).index_select(0, row)
+    if computes:
+        table = None if positions is None else positions[place % max(length, 1)]
+        rows = _computed(rows.to(inner), table, scale)
+    out[place] = rows.to(dtype)
+    if len(nothing):
+        out[nothing] = 0.0
+    for other in (wrong, (flat >= len(vocab)).nonzero()[:, 0]):
+        if len(other):
+            out[other] = torch.nan
+    return out.view(*ids.shape, width)
+
+
+def _computed(rows: Tensor, positions: Tensor | None, scale: float) -> Tensor:
+    """scale * rows + positions, in place."""
+    if scale != 1:
+        rows.mul_(scale)
+    return rows if positions is None else rows.add_(positions)
+
+
+def _gradient_cpu(  # type: ignore[no-untyped-def]
+    g, ids, index, lengths, prompts, slots, scale, dtype, run, triton
+) -> Tensor:
+    if triton:
+        return _gradient_triton(g, ids, index, lengths, prompts, slots, scale, dtype, run, triton)
+    width = g.shape[2]
+    inner = torch.promote_types(dtype, torch.float32)
+    d = torch.zeros((prompts, slots, width), dtype=inner)
+    if run:
+        start, stop, slot = run
+        read, target = g[:, start:stop], d[:, slot : slot + stop - start]
+        if index is not None:
+            target.index_add_(0, index, read.to(inner))  # one sample after the other
+        elif prompts > 1:
+            target.copy_(read)
+        else:
+            torch.sum(read, 0, keepdim=True, dtype=inner, out=target)
+    else:
+        place, row, _, _ = _readers(ids, index, lengths, prompts, slots)
+        length = max(ids.shape[1], 1)
+        d.view(-1, width).index_add_(0, row, g[place // length, place % length].to(inner))
+    return (d if scale == 1 else d.mul_(scale)).to(dtype)
+
+
+# ---- Registration ----
+
+
+def _forward_fake(  # type: ignore[no-untyped-def]
+    ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton
+) -> Tensor:
+    return ids.new_empty((*ids.shape, soft.shape[2]), dtype=dtype)
+
+
+def _gradient_fake(  # type: ignore[no-untyped-def]
+    g, ids, index, lengths, prompts, slots, scale, dtype, run, triton
+) -> Tensor:
+    return g.new_empty((prompts, slots, g.shape[2]), dtype=dtype)
+
+
+for _name, _triton, _cpu, _fake in (
+    ("soft_gather", _forward_triton, _forward_cpu, _forward_fake),
+    ("soft_gather_gradient", _gradient_triton, _gradient_cpu, _gradient_fake),
+):
+    _library.impl(_name, _runtime.on_its_device(_triton), "CUDA")
+    _library.impl(_name, _cpu, "CPU")
+    torch.library.register_fake(f"fastprompt::{_name}", _fake, lib=_library)
+
+_forward = torch.ops.fastprompt.soft_gather.default
+_gradient = torch.ops.fastprompt.soft_gather_gradient.default
+
+
+class SoftGather(torch.autograd.Function):
+    """`soft_gather` by the fused paths, with a gradient for the soft rows alone. run: what `run_of` found, if it did."""
+
+    @staticmethod
+    def forward(ctx, ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(ids, index, lengths)
+        ctx.settings = *soft.shape[:2], scale, soft.dtype, run, triton
+        return _forward(ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastprompt.functional.soft_gather has no second derivative: call backward without create_graph=True, "
+                'or use impl="torch"'
+            )
+        return None, None, _gradient(g, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None, None, None
