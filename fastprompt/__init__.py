@@ -17,15 +17,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastprompt import functional, hoist, nn, taxonomy
     from fastprompt.checkpoint import CheckpointError
+    from fastprompt.integrations import attach
     from fastprompt.methods import build
     from fastprompt.reprogram import Reprogrammed
     from fastprompt.training import evaluate, fit
 
-__all__ = ["CheckpointError", "Reprogrammed", "build", "evaluate", "fit", "functional", "hoist", "nn", "taxonomy"]
+__all__ = ["CheckpointError", "Reprogrammed", "attach", "build", "evaluate", "fit", "functional", "hoist", "nn", "taxonomy"]
 
 _HOMES = {
     "CheckpointError": "checkpoint",
     "Reprogrammed": "reprogram",
+    "attach": "integrations",
     "build": "methods",
     "evaluate": "training",
     "fit": "training",
