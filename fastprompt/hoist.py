@@ -272,7 +272,8 @@ def _passes_on(block: nn.Module) -> bool:
 
 def check_exact(model: nn.Module) -> None:
     """Refuses what makes a token's keys and values depend on chance or on its neighbours in the batch."""
-    capacity = [name for name in vars(getattr(model, "config", object())) if "capacity" in name]
+    config = getattr(model, "config", None)
+    capacity = [] if config is None else [name for name in vars(config) if "capacity" in name]
     for name, part in model.named_modules():
         held = vars(part)
         capacity += [f"{name}.{key}" for key in held if "capacity" in key]
@@ -446,9 +447,17 @@ class Wiring:
             raise Inexact(f"{type(base).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
         seen: list[KeyValue] = []
         self.given = [_Record(seen, True, block is blocks[-1]) for block in blocks]
-        # A copy, because some models scale embeddings in place.
-        inputs = {"input_ids": prompt} if prompt.dtype == torch.int64 else {"inputs_embeds": prompt.to(base.dtype, copy=True)}
-        with _without_checkpointing(blocks), suppress(_Enough):
+        rows, inputs = prompt, {}
+        if prompt.dtype == torch.int64:
+            inputs["input_ids"] = prompt
+        else:
+            rows = prompt.to(base.dtype, copy=True)  # some models scale embeddings in place
+            inputs["inputs_embeds"] = rows
+        with _without_checkpointing(blocks), suppress(_Enough), ExitStack() as hooks:
+            if "inputs_embeds" in inputs and "inputs_embeds" not in inspect.signature(base.forward).parameters:
+                # The text side of CLIP takes ids alone.
+                inputs = {"input_ids": rows.new_zeros(rows.shape[:2], dtype=torch.int64)}
+                hooks.callback(base.get_input_embeddings().register_forward_hook(lambda *_: rows).remove)
             base(**inputs, use_cache=False)
         if len(seen) != len(blocks):
             raise Inexact(f"{type(base).__name__}: {len(seen)} attention calls read the prompt in {len(blocks)} blocks")
@@ -483,17 +492,14 @@ def check_deep(prompts: Sequence[Tensor | None], count: int, reads_prompt: bool)
 @contextmanager
 def _without_checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """A recorded tensor must not belong to a run that is thrown away."""
-    before = [getattr(block, "gradient_checkpointing", None) for block in blocks]
-    for block in blocks:
+    ones = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    for block in ones:
         block.gradient_checkpointing = False  # type: ignore[assignment]
     try:
         yield
     finally:
-        for block, value in zip(blocks, before, strict=True):
-            if value is None:
-                del block.gradient_checkpointing
-            else:
-                block.gradient_checkpointing = value  # type: ignore[assignment]
+        for block in ones:
+            block.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def _fallback(fallback: str | None) -> bool:
@@ -723,6 +729,8 @@ def _with_rows(block: nn.Module, args: Any, kwargs: dict[str, Any], deep: Sequen
     if tokens is None and not length:
         return None
     kwargs = _named(block, args, kwargs)
+    if kwargs.get("is_causal"):
+        raise Inexact(f"{type(block).__name__}: tokens in the blocks of a causal model have no place in its mask")
     x = kwargs.pop("hidden_states")
     if tokens is not None:
         x, length = torch.cat([tokens.to(x.dtype).expand(len(x), -1, -1), x[:, length:]], 1), tokens.shape[1]
