@@ -350,11 +350,13 @@ class Wiring:
             config._attn_implementation_internal = name
         self.kept = []
 
-    def run(self, source: Callable[[dict[str, Any]], Any]) -> Any:
-        """`source` inside `reading`, as a call of the model with one token has it."""
+    def run(self, source: Callable[[dict[str, Any]], Reading | None]) -> None:
+        """What a call of the model with one sample would read, inside `reading`."""
         self.busy = True
         try:
-            return source({"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
+            reading = source({"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
+            if reading is not None and not isinstance(reading.prefix, Tokens):
+                self.shift(reading)
         finally:
             self.given, self.busy = None, False
 

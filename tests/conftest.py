@@ -27,6 +27,8 @@ ALLOWED_SKIPS = {
     "needs the interpreter": HAS_GPU or not HAS_TRITON,
     "needs POSIX": os.name != "posix",
     "needs transformers": "CI" not in os.environ,
+    "needs peft": "CI" not in os.environ,
+    "needs timm": True,  # and torchvision and open_clip: no CPU build of theirs fits a CPU build of torch, see test_attach_calls.py
     "needs a file system to fill": True,  # mounting a tiny one takes root
 }
 

@@ -415,7 +415,7 @@ def test_what_a_handle_says_and_does():
         assert torch.equal(model(words()).logits, bare)
     assert torch.equal(model(words()).logits, prompted)
     assert (prompted - bare).abs().max() > 0.1
-    with pytest.raises(ValueError, match=r"call detach\(\) on its handle first, or attach a list of prompts, got Mistral"):
+    with pytest.raises(ValueError, match=r"call detach\(\) on its handle first, or attach a list of prompts, got one with SoftPrompt"):
         fastprompt.attach(model, prompt)
     assert torch.equal(model(words()).logits, prompted)
     handle.detach()

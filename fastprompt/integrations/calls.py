@@ -35,11 +35,8 @@ class Calls:
         self.name, self.blocks = _stack(model, blocks, layers)
         self.given: Sequence[Any] | None = None
         self.batch_first = True
-        self.width, like = _width(self.blocks[0]), _like(self.blocks[0])
+        self.width = _width(self.blocks[0])
         self.kv_heads = self.head_dim = None
-        tokens = torch.zeros(1, 2, self.width, dtype=like.dtype, device=like.device)
-        with torch.no_grad():
-            self.batch_first = self._keys_values(self.blocks[0], tokens)[0].shape[2] == 2
 
     @contextmanager
     def reading(self, source: Callable[[dict[str, Any]], Reading | None]) -> Iterator[None]:
@@ -78,9 +75,14 @@ class Calls:
         pairs = zip(self.blocks, prompts, strict=True)
         return Hoisted([None if tokens is None else self._keys_values(block, tokens) for block, tokens in pairs], 0)
 
-    def run(self, source: Callable[[dict[str, Any]], Any]) -> Any:
-        """`source` as a call of the model with one sample has it."""
-        return source({"x": torch.zeros(1, 1, self.width)})
+    def run(self, source: Callable[[dict[str, Any]], Reading | None]) -> None:
+        """What a call of the model with one sample would read; and whether its blocks have samples first, or tokens."""
+        tokens = torch.zeros(1, 2, self.width, device=_like(self.blocks[0]).device)
+        self.batch_first = True
+        self.batch_first = self._keys_values(self.blocks[0], tokens)[0].shape[2] == 2
+        reading = source({"x": torch.zeros(1, 1, self.width)})
+        if reading is not None:
+            _given(reading, len(self.blocks))
 
     def restore(self) -> None:
         """There is nothing besides `reading`."""
@@ -173,7 +175,7 @@ class _Attention(TorchFunctionMode):
             raise Inexact(f"{self.block}: attention on {query.dim()} dimensions, not on [B, H, T, D]")
         if value.shape[-1] != key.shape[-1]:
             raise Inexact(f"{self.block}: keys of {key.shape[-1]} elements and values of {value.shape[-1]}")
-        if attn_mask is not None and (attn_mask.dtype != torch.bool or self.given is None):
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
             raise Inexact(f"{self.block}: a {attn_mask.dtype} bias on its scores, which says nothing of a prefix")
         if self.given is None:
             self.seen = key, value
@@ -203,8 +205,6 @@ class _Attention(TorchFunctionMode):
             if attn_mask is not None or is_causal:
                 raise Inexact(f"{self.block}: a key_padding_mask besides another mask")
             attn_mask = hidden[:, None, None].logical_not()
-            if self.given is None:
-                raise Inexact(f"{self.block}: a key_padding_mask of its own, which says nothing of a prefix")
         elif attn_mask is not None and attn_mask.is_floating_point() and is_causal:
             attn_mask = None
         if query is key and key is value:

@@ -78,7 +78,7 @@ class Attached:
         target = model if part is None else model.get_submodule(part)
         self._path = _path(target, blocks, next(iter(self.prompts.values())))
         if self._path.base in _attached:
-            other = _attached[self._path.base]
+            other = "one with " + ", ".join(type(each).__name__ for each in _attached[self._path.base].prompts.values())
             raise bad("model", "one without a prompt; call detach() on its handle first, or attach a list of prompts", other)
         self._rows: list[tuple[Any, int]] = []
         for name, each in self.prompts.items():
