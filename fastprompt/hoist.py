@@ -425,7 +425,7 @@ class Wiring:
             positions = _positions(base, kwargs)
             if not isinstance(past, Tensor):
                 _check_table(base, _length(prefix), past + positions.shape[1])
-            kwargs["position_ids"] = positions + shift
+            kwargs["position_ids"] = torch.where(positions < 0, positions, positions + shift)  # below 0 is padding
         return kwargs
 
     def shift(self, reading: Reading) -> int | Tensor:
@@ -441,15 +441,15 @@ class Wiring:
             raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
         return shift
 
-    def shallow(self, prompt: Tensor) -> Hoisted:
-        """`hoist` inside `attention`."""
+    def shallow(self, prompt: Tensor, model: nn.Module | None = None) -> tuple[Hoisted, Any]:
+        """(`hoist` inside `attention`, with a model the output that it has at the prompt's rows)."""
         base, blocks = self.base, self.blocks
         check_exact(base)
         if any(isinstance(part, nn.Conv1d) for block in blocks for part in block.modules()):
             raise Inexact(f"{type(base).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
         seen: list[KeyValue] = []
-        self.given = [_Record(seen, True, block is blocks[-1]) for block in blocks]
-        rows, inputs = prompt, {}
+        self.given = [_Record(seen, True, model is None and block is blocks[-1]) for block in blocks]
+        out, rows, inputs = None, prompt, {}
         if prompt.dtype == torch.int64:
             inputs["input_ids"] = prompt
         else:
@@ -460,10 +460,11 @@ class Wiring:
                 # The text side of CLIP takes ids alone.
                 inputs = {"input_ids": rows.new_zeros(rows.shape[:2], dtype=torch.int64)}
                 hooks.callback(base.get_input_embeddings().register_forward_hook(lambda *_: rows).remove)
-            base(**inputs, use_cache=False)
+            out = (base if model is None else model)(**inputs, use_cache=False)
+        self.given = None
         if len(seen) != len(blocks):
             raise Inexact(f"{type(base).__name__}: {len(seen)} attention calls read the prompt in {len(blocks)} blocks")
-        return Hoisted(seen, prompt.shape[1])
+        return Hoisted(seen, prompt.shape[1]), out
 
     def deep(self, prompts: Sequence[Tensor | None], reads_prompt: bool = False) -> Hoisted:
         """`hoist_deep` inside `attention`."""
@@ -541,7 +542,7 @@ def hoist(model: nn.Module, prompt: Tensor, *, fallback: str | None = None) -> H
     try:
         wiring = Wiring(model)
         with wiring.attention():
-            return wiring.shallow(prompt)
+            return wiring.shallow(prompt)[0]
     except Inexact:
         if not allowed:
             raise

@@ -28,7 +28,7 @@ ALLOWED_SKIPS = {
     "needs POSIX": os.name != "posix",
     "needs transformers": "CI" not in os.environ,
     "needs peft": "CI" not in os.environ,
-    "needs timm": True,  # and torchvision and open_clip: no CPU build of theirs fits a CPU build of torch, see test_attach_calls.py
+    "needs timm": True,  # torchvision has no build for a CPU build of torch; test_attach_calls.py says how to run
     "needs a file system to fill": True,  # mounting a tiny one takes root
 }
 

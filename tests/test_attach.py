@@ -16,8 +16,24 @@ import fastprompt
 from fastprompt import nn as fnn
 from fastprompt.hoist import Inexact, hoist_deep
 from tests.test_hoist import (
-    HEADS, LAYERS, P, T, VOCABULARY, WIDTH, B, ahead, cached, concatenated, deep_by_tokens, double, frozen, images, own, padding, tokens,
-)  # fmt: skip
+    HEADS,
+    LAYERS,
+    VOCABULARY,
+    WIDTH,
+    B,
+    P,
+    T,
+    ahead,
+    cached,
+    concatenated,
+    deep_by_tokens,
+    double,
+    frozen,
+    images,
+    own,
+    padding,
+    tokens,
+)
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -415,7 +431,9 @@ def test_what_a_handle_says_and_does():
         assert torch.equal(model(words()).logits, bare)
     assert torch.equal(model(words()).logits, prompted)
     assert (prompted - bare).abs().max() > 0.1
-    with pytest.raises(ValueError, match=r"call detach\(\) on its handle first, or attach a list of prompts, got one with SoftPrompt"):
+    with pytest.raises(
+        ValueError, match=r"call detach\(\) on its handle first, or attach a list of prompts, got one with SoftPrompt"
+    ):
         fastprompt.attach(model, prompt)
     assert torch.equal(model(words()).logits, prompted)
     handle.detach()
@@ -458,7 +476,7 @@ def test_what_is_refused():
             fastprompt.attach(wrong, prompt)
     with pytest.raises(TypeError, match="prompt: expected PrefixKV, DeepPrompt or SoftPrompt, got LabelMap"):
         fastprompt.attach(llama, fnn.LabelMap(10, 2))
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
         fastprompt.attach("llama", soft)
     with pytest.raises(ValueError, match="blocks: expected None"):
         fastprompt.attach(llama, soft, blocks="layers")

@@ -65,7 +65,7 @@ class Calls:
             yield
         self.given = None
 
-    def shallow(self, prompt: Tensor) -> Hoisted:
+    def shallow(self, prompt: Tensor) -> tuple[Hoisted, Any]:
         raise Inexact(f"{type(self.model).__name__}: not a model of transformers, whose embeddings a soft prompt could join")
 
     def deep(self, prompts: Sequence[Tensor | None]) -> Hoisted:

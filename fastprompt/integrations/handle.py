@@ -225,7 +225,7 @@ class Attached:
         try:
             if isinstance(modules[0][0], SoftPrompt):
                 whole = _joined([module()[row : row + 1] for module, row in modules])
-                return Reading(self._path.shallow(whole), index, self._lengths)
+                return Reading(self._path.shallow(whole)[0], index, self._lengths)
             return Reading(self._path.deep(_layers(modules, batch)), index, self._lengths)
         except Inexact as reason:
             if self.fallback is None:
