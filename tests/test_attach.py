@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -306,9 +307,13 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel"])
+GENERATION = list(itertools.product(("LlamaForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel"), HOW, ("dynamic", "static")))
+QUICK = [GENERATION[place] for place in (0, 8, 11, 15)]
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "cache"), QUICK + [pytest.param(*each, marks=pytest.mark.slow) for each in GENERATION if each not in QUICK]
+)
 def test_generation(name, how, cache):
     """As from embeddings with the prompt in front: left-padded, through the end of every window."""
     model, prompt, mask = model_of(name), double(fnn.SoftPrompt(P, WIDTH)), padding("left")
@@ -325,7 +330,8 @@ def test_generation(name, how, cache):
     mixed = model.generate(words(), attention_mask=mask, **settings)
     handle.detach()
     assert torch.equal(mixed[[0, 2], T:], want[[0, 2]]) or how == "sampling"
-    assert not torch.equal(mixed[1, T:], want[1])
+    if how == "greedy":
+        assert torch.equal(mixed[1], model.generate(words()[1:2], attention_mask=mask[1:2], **settings)[0])
     model._cache = None
 
 
@@ -367,7 +373,7 @@ def test_half_precision(autocast):
     handle.detach()
 
 
-@pytest.mark.parametrize("kind", ["prefix", "soft", "deep"])
+@pytest.mark.parametrize("kind", ["soft", "deep", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph(kind):
     model = copy.deepcopy(model_of("ViTModel" if kind == "deep" else "LlamaForCausalLM"))
     prompt = prefix_of(model) if kind == "prefix" else double(fnn.SoftPrompt(P, WIDTH))
@@ -376,7 +382,7 @@ def test_compiled_in_one_graph(kind):
     given = (images(),) if kind == "deep" else (words(),)
     options = {} if kind == "deep" else {"use_cache": False}
     want = model(*given, **options)[0]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     agree(compiled(*given, **options)[0], want, handle)
     handle.detach()
 

@@ -1,7 +1,8 @@
 """Prompts attached at a model's calls of PyTorch's attention: VPT's loop by hand, in float64 to 1e-9.
 
-timm, torchvision and open_clip run where they can be imported, for instance by
-`pip install --no-deps --target DIR timm open_clip_torch torchvision huggingface_hub ftfy regex` and PYTHONPATH=DIR.
+timm, torchvision and open_clip run where they can be imported, for instance after
+`pip install --no-deps --target DIR timm open_clip_torch torchvision huggingface_hub ftfy regex wcwidth`, by PYTHONPATH=DIR and
+this file alone: transformers too would import that torchvision.
 """
 
 from __future__ import annotations
