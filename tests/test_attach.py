@@ -344,12 +344,12 @@ def test_gradient_checkpointing_with_two_passes_before_a_backward():
     want = concatenated(model, prompts[0](), words()) + concatenated(model, prompts[1](), words())
     before = traces(model)
     handle = fastprompt.attach(model, prompts)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     first = model(words()).logits
     handle.use(1)
     agree(first + model(words()).logits, want, handle)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     handle.detach()
     assert traces(model)[0] == before[0]
 
@@ -373,7 +373,7 @@ def test_half_precision(autocast):
     handle.detach()
 
 
-@pytest.mark.parametrize("kind", ["soft", "deep", pytest.param("prefix", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["soft", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("deep", "prefix"))])
 def test_compiled_in_one_graph(kind):
     model = copy.deepcopy(model_of("ViTModel" if kind == "deep" else "LlamaForCausalLM"))
     prompt = prefix_of(model) if kind == "prefix" else double(fnn.SoftPrompt(P, WIDTH))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 
 import pytest
@@ -61,8 +62,13 @@ def results(model, **inputs) -> list[torch.Tensor]:
     return [out.logits, out.loss, *torch.autograd.grad(out.loss + out.logits.square().mean(), trained)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM", "OPTForCausalLM"])
+ALL = list(itertools.product(("LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM", "OPTForCausalLM"), KINDS))
+QUICK = [("LlamaForCausalLM", kind) for kind in KINDS] + [(name, kind) for name, kind in ALL[4:] if kind in ("prompt", "prefix")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [each if each in QUICK else pytest.param(*each, marks=pytest.mark.slow) for each in ALL]
+)
 def test_accelerated_is_peft(name, kind):
     model = causal(name, kind)
     for side in (None, "left", "right"):
