@@ -17,15 +17,29 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastprompt import answers, functional, hoist, nn, taxonomy
     from fastprompt.checkpoint import CheckpointError
+    from fastprompt.integrations import attach
     from fastprompt.methods import build
     from fastprompt.reprogram import Reprogrammed
     from fastprompt.training import evaluate, fit
 
-__all__ = ["CheckpointError", "Reprogrammed", "answers", "build", "evaluate", "fit", "functional", "hoist", "nn", "taxonomy"]
+__all__ = [
+    "CheckpointError",
+    "Reprogrammed",
+    "answers",
+    "attach",
+    "build",
+    "evaluate",
+    "fit",
+    "functional",
+    "hoist",
+    "nn",
+    "taxonomy",
+]
 
 _HOMES = {
     "CheckpointError": "checkpoint",
     "Reprogrammed": "reprogram",
+    "attach": "integrations",
     "build": "methods",
     "evaluate": "training",
     "fit": "training",

@@ -56,7 +56,7 @@ def save(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: 
     text = json.dumps(config, indent=2).encode() + b"\n"
     if len(text) > _MAX_CONFIG:
         raise _error("config", f"at most {_MAX_CONFIG} bytes of JSON", len(text))
-    _write(Path(folder), {PAYLOAD: _pack(tensors, config), CONFIG: text})
+    write(Path(folder), {PAYLOAD: _pack(tensors, config), CONFIG: text})
 
 
 def load(folder: str | os.PathLike[str], *, allowed: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -132,7 +132,7 @@ def _unpack(path: Path, allowed: Collection[str]) -> tuple[dict[str, Tensor], di
     try:
         tensors = safetensors.torch.load(data)
         metadata = json.loads(data[8 : 8 + header_size])["__metadata__"][_METADATA]
-        text = json.dumps(json.loads(metadata, object_pairs_hook=_no_duplicates)["config"])
+        text = json.dumps(json.loads(metadata, object_pairs_hook=no_duplicates)["config"])
     except Exception as e:
         raise _error(path, what, e) from e
     return tensors, _parse(text.encode(), path, allowed)
@@ -157,7 +157,7 @@ def _sha256(data: bytes, span: tuple[int, int]) -> bytes:
 
 def _parse(text: bytes, where: object, allowed: Collection[str]) -> dict[str, Any]:
     try:
-        config = json.loads(text, object_pairs_hook=_no_duplicates)
+        config = json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as e:
         raise _error(where, "JSON", e) from e
     if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
@@ -190,7 +190,7 @@ def _check_data(value: object, where: object, depth: int = 0) -> None:
         raise _error(where, "finite JSON data", f"{value!r} ({type(value).__name__})")
 
 
-def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -210,7 +210,7 @@ def _read(path: Path, limit: float = math.inf) -> bytes:
     return path.read_bytes()
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write all files beside their places and sync them; only then rename them, in order."""
     temporaries = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     try:

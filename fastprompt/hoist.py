@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from fastprompt import functional
 from fastprompt.functional.checks import bad, check_labels
+from fastprompt.reference.attention import prefix_columns
 
 KeyValue = tuple[Tensor, Tensor]
 NAME = "fastprompt"
@@ -57,7 +59,17 @@ class Inexact(ValueError):
     """A prompt that the model's own keys and values do not stand for."""
 
 
-class _Given(NamedTuple):
+@dataclass(frozen=True)
+class Reading:
+    """What one call of a model reads: `prefixed` says what each is."""
+
+    prefix: Sequence[KeyValue | None] | Tokens
+    index: Tensor | None = None
+    lengths: Tensor | None = None
+    offset: int | None = None
+
+
+class Given(NamedTuple):
     """What an attention layer of a prefixed model reads."""
 
     keys: Tensor
@@ -65,6 +77,8 @@ class _Given(NamedTuple):
     which: Tensor | None
     lengths: Tensor | None
     read: list[bool]
+    window: int | None = None  # a token sees what is less than that many positions before it
+    past: int | Tensor = 0  # tokens between the prefix and the first query
 
 
 class _Record(NamedTuple):
@@ -84,20 +98,23 @@ class _Enough(Exception):
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, is_causal: bool | None = None, fastprompt: _Given | _Record | None = None, **others: Any,
+    scaling: float | None = None, is_causal: bool | None = None, fastprompt: Given | _Record | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query [B, H, T, D], key and value [B, Hkv, S, D] -> [B, T, H, D].
 
-    attention_mask is `_mask`'s: None, or bool [B, 1, 1, S'], where S' <= S says how many keys a static cache holds.
+    attention_mask is `_mask`'s: None, or bool [B, 1, 1, S'], where S' <= S says how many keys a static cache holds, or
+    [B, 1 or H, T, S], which says everything.
     """
     layer = type(module).__name__
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and getattr(getattr(module, "config", None), "is_causal", True)  # a decoder may be used as an encoder
-    for name in ("sliding_window", "position_bias", "s_aux"):
+    for name in ("position_bias", "s_aux"):
         if others.get(name) is not None:
             raise Inexact(f"{layer}: its attention has a {name}, which attention over a shared prefix does not know")
     if dropout:
         raise Inexact(f"{layer}: dropout {dropout} on attention weights is active; put the frozen model in eval mode")
+    if value.shape[-1] != key.shape[-1]:
+        raise Inexact(f"{layer}: keys of {key.shape[-1]} elements and values of {value.shape[-1]}")
     if isinstance(fastprompt, _Record):
         if fastprompt.shallow and not causal:
             raise Inexact(
@@ -105,40 +122,90 @@ def _attention(
                 'prompt, or fallback="tokens"'
             )
         fastprompt.seen.append((key, value))
-        if fastprompt.last:
+        if fastprompt.last and not torch.compiler.is_compiling():  # a compiler drops by itself what nobody reads
             raise _Enough
-    key_mask = None
-    if attention_mask is not None:
-        if attention_mask.dtype != torch.bool or attention_mask.dim() != 4 or attention_mask.shape[1:3] != (1, 1):
-            got = f"{attention_mask.dtype} {list(attention_mask.shape)}"
-            raise bad("attention_mask", "which keys are seen, [B, S]", got)
-        key_mask = attention_mask[:, 0, 0].expand(query.shape[0], -1)
-        key, value = key[:, :, : key_mask.shape[1]], value[:, :, : key_mask.shape[1]]
-    options: dict[str, Any] = {}
-    if value.shape[-1] != key.shape[-1]:
-        raise Inexact(f"{layer}: keys of {key.shape[-1]} elements and values of {value.shape[-1]}")
-    if isinstance(fastprompt, _Given):
-        fastprompt.read[:] = [True]
-        options["prefix_k"], options["prefix_v"] = fastprompt.keys.to(key.dtype), fastprompt.values.to(key.dtype)
-        options["prefix_index"], options["prefix_lengths"] = fastprompt.which, fastprompt.lengths
-    out = functional.prefix_attention(
-        query, key, value, causal=causal and query.shape[2] > 1, key_mask=key_mask, scale=scaling,
-        softcap=others.get("softcap"), **options,
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
+    given = fastprompt if isinstance(fastprompt, Given) else None
+    if given is not None:
+        given.read[:] = [True]
+        if given.window and not causal:
+            raise Inexact(f"{layer}: a window of {given.window} tokens to both sides, in which a prefix has no place")
+    if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.dim() != 4):
+        raise bad("attention_mask", "which keys are seen, bool [B, S]", f"{attention_mask.dtype} {list(attention_mask.shape)}")
+    softcap = others.get("softcap")
+    out = attend(query, key, value, given, attention_mask, causal and query.shape[2] > 1, scaling, softcap)
     return out.transpose(1, 2), None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, given: Given | None, mask: Tensor | None, causal: bool,
+    scale: float | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """[B, H, T, D] over a prefix and own keys; mask [B, 1, 1, S'] says which first S' keys exist, [.., T, S] all."""
+    queries, width = query.shape[2], given.keys.shape[2] if given is not None else 0
+    near = given is None or given.window is None
+    if not near and isinstance(given.past, int):  # type: ignore[union-attr]
+        near = width + given.past + queries <= given.window  # type: ignore[union-attr, operator]
+    if near and (mask is None or mask.shape[1:3] == (1, 1)):
+        options: dict[str, Any] = {}
+        if mask is not None:
+            options["key_mask"] = mask[:, 0, 0].expand(query.shape[0], -1)
+            key, value = key[:, :, : mask.shape[3]], value[:, :, : mask.shape[3]]
+        if given is not None:
+            options["prefix_k"], options["prefix_v"] = given.keys.to(key.dtype), given.values.to(key.dtype)
+            options["prefix_index"], options["prefix_lengths"] = given.which, given.lengths
+        out: Tensor = functional.prefix_attention(query, key, value, causal=causal, scale=scale, softcap=softcap, **options)
+        return out
+    return _attend_masked(query, key, value, given, mask, causal, scale, softcap)
+
+
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, given: Given | None, mask: Tensor | None, causal: bool, scale: float | None,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """The general case, by PyTorch's attention on the prefix copied in front of each sample's keys, with a whole mask."""
+    if softcap:
+        raise Inexact(f"softcap: expected none with a windowed, packed or four-dimensional mask, got {softcap}")
+    batch, queries, device = query.shape[0], query.shape[2], query.device
+    if mask is None:
+        mask = torch.ones((1, 1, 1, key.shape[2]), dtype=torch.bool, device=device)
+    key, value = key[:, :, : mask.shape[3]], value[:, :, : mask.shape[3]]
+    mask = mask.expand(batch, -1, queries, -1)
+    if causal and mask.shape[2] != 1 and mask.stride(2) == 0:
+        mask = mask & torch.ones((queries, key.shape[2]), dtype=torch.bool, device=device).tril(key.shape[2] - queries)
+    if given is not None:
+        index = given.which[:, None] if given.which is not None and given.which.dim() == 1 else given.which
+        columns, there = prefix_columns(given.keys.to(key.dtype), index, given.lengths, batch)
+        values, _ = prefix_columns(given.values.to(key.dtype), index, given.lengths, batch)
+        seen = there[:, None, None].expand(-1, 1, queries, -1)
+        if given.window is not None:
+            if index is not None and index.shape[1] > 1:
+                raise Inexact("index: expected one prefix a sample where attention has a window, got several")
+            place = torch.arange(there.shape[1], device=device)
+            ahead = there.sum(1)[:, None, None] - place + given.past + torch.arange(queries, device=device)[:, None]
+            seen = seen & (ahead < given.window)[:, None]
+        mask = torch.cat([seen.expand(-1, mask.shape[1], -1, -1), mask], 3)
+        key = torch.cat([columns.expand(batch, -1, -1, -1), key], 2)
+        value = torch.cat([values.expand(batch, -1, -1, -1), value], 2)
+    grouped = key.shape[1] != query.shape[1]
+    return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
 
 
 def _mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None, device: Any = None, **others: Any,
 ) -> Tensor | None:  # fmt: skip
-    """Which keys are seen, bool [B, 1, 1, S] or None; what is causal is left to the attention function."""
+    """Which keys are seen: bool [B, 1, 1, S] or None, what is causal being left to `_attention`; other kinds [B, 1, T, S]."""
     from transformers import masking_utils
 
     known = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
+    window, plain = others.get("local_size"), others.get("allow_is_causal_skip", False)
+    if window and plain and isinstance(q_offset, int) and not kv_offset and q_offset + q_length <= window:
+        mask_function = masking_utils.causal_mask_function  # a window that reaches back to the first key
     if mask_function not in known or kv_offset:
-        raise Inexact("attention_mask: expected causal or full attention, got a mask of another kind (packed, windowed, chunked)")
+        others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return masking_utils.sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **others
+        )
     seen = None if attention_mask is None else attention_mask.to(torch.bool)
     if mask_function is masking_utils.bidirectional_mask_function:
         return None if seen is None else seen[:, None, None]
@@ -172,8 +239,9 @@ def _parts(model: nn.Module) -> tuple[Any, list[nn.Module]]:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
     config = model.config
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
-        raise Inexact(f"{type(model).__name__}: cross attention, where a prefix has no place")
+    pair = config.is_encoder_decoder and {"encoder", "decoder"} <= {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if pair or getattr(config, "add_cross_attention", False):
+        raise Inexact(f"{type(model).__name__}: cross attention, where a prefix has no place; its encoder alone has none")
     count = getattr(config, "num_hidden_layers", 0)
     lists = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     lists = [part for part in lists if len({type(block) for block in part}) == 1 and _passes_on(part[0])]
@@ -186,11 +254,15 @@ def _parts(model: nn.Module) -> tuple[Any, list[nn.Module]]:
     return holders[-1], list(lists[0])
 
 
-def _check_layers(model: Any) -> None:
-    windowed = ["sliding_attention"] if getattr(model.config, "sliding_window", None) else []
-    kinds = set(getattr(model.config, "layer_types", None) or windowed) - {"full_attention"}
-    if kinds:
-        raise Inexact(f"{type(model).__name__}: layers of kind {', '.join(sorted(kinds))}, which do not see a whole prefix")
+def _windows(model: Any, count: int) -> list[int | None]:
+    """How far back each block sees; None: all."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
+    strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if strange:
+        raise Inexact(f"{type(model).__name__}: layers of kind {', '.join(strange)}, which a prefix has no place in")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _passes_on(block: nn.Module) -> bool:
@@ -198,9 +270,10 @@ def _passes_on(block: nn.Module) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def _check_exact(model: nn.Module) -> None:
+def check_exact(model: nn.Module) -> None:
     """Refuses what makes a token's keys and values depend on chance or on its neighbours in the batch."""
-    capacity = [name for name in vars(getattr(model, "config", object())) if "capacity" in name]
+    config = getattr(model, "config", None)
+    capacity = [] if config is None else [name for name in vars(config) if "capacity" in name]
     for name, part in model.named_modules():
         held = vars(part)
         capacity += [f"{name}.{key}" for key in held if "capacity" in key]
@@ -217,59 +290,219 @@ def _check_exact(model: nn.Module) -> None:
 # ---- Wiring ----
 
 
-@contextmanager
-def _wired(model: nn.Module, base: Any, blocks: Sequence[nn.Module], given: Sequence[Any]) -> Iterator[None]:
-    """Attention by `_attention`, where each block's layer gets its own argument."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+class Wiring:
+    """A model of transformers whose blocks get an argument each, for the time of `attention` or `reading`.
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    Args:
+        model: a model of transformers with one stack of blocks.
 
-    def argument(value: Any) -> Callable[..., Any]:
-        def hook(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            if "fastprompt" in kwargs:
-                raise ValueError(f"{type(block).__name__}: the model has a prefix already; leave that context first")
-            return args, {**kwargs, "fastprompt": value}
+    Attributes:
+        base, blocks, windows: the model without its head, its blocks, how far back each of them sees (None: all).
+        given, tokens: what the blocks get in the present call.
+        busy: a run of the model inside another's hook.
+    """
 
-        return hook
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base, self.blocks = _parts(model)
+        self.windows = _windows(model, len(self.blocks))
+        self.given: Sequence[Any] | None = None
+        self.tokens: Tokens | None = None
+        self.began = self.busy = False
 
-    def check(block: nn.Module, args: Any, out: Any, given: _Given) -> None:
-        if not (torch.compiler.is_compiling() or given.read):
-            raise Inexact(f"{type(block).__name__}: it does not hand the prefix on to its attention")
+        heads, config = getattr(self.base.config, "num_attention_heads", 0), self.base.config
+        self.width: int | None = getattr(config, "hidden_size", None)
+        self.kv_heads: int | None = getattr(config, "num_key_value_heads", None) or heads or None
+        self.head_dim: int | None = getattr(config, "head_dim", None) or (self.width // heads if heads and self.width else None)
+        self.kept: list[tuple[Any, Any]] = []
 
-    before = base.config._attn_implementation
-    with ExitStack() as hooks:
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Attention by `_attention`, where each block's layer gets its own argument."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, _mask)
+        model, base = self.model, self.base
+        configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+        foreign = base.config._attn_implementation != NAME
+        if foreign:
+            self.kept = [(held, held._attn_implementation) for held in configs.values() if hasattr(held, "_attn_implementation")]
+        with ExitStack() as hooks:
+            try:
+                if foreign:
+                    model.set_attn_implementation(NAME)  # type: ignore[operator]
+                if base.config._attn_implementation != NAME:
+                    raise Inexact(f"{type(model).__name__}: its attention cannot be exchanged")
+                for place, block in enumerate(self.blocks):
+                    hook = partial(self._before_block, place)
+                    hooks.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                    hooks.callback(block.register_forward_hook(partial(self._after_block, place)).remove)
+                yield
+            finally:
+                # Backward runs checkpointed blocks again: they must find the attention that they ran with.
+                if foreign and not any(getattr(block, "gradient_checkpointing", False) for block in base.modules()):
+                    self.restore()
+
+    def restore(self) -> None:
+        """The attention that the model had before the first `attention`."""
+        for config, name in self.kept:
+            config._attn_implementation_internal = name
+        self.kept = []
+
+    def run(self, source: Callable[[dict[str, Any]], Reading | None]) -> None:
+        """What a call of the model with one sample would read, inside `reading`."""
+        self.busy = True
         try:
-            if before != NAME:
-                model.set_attn_implementation(NAME)  # type: ignore[operator]
-            if base.config._attn_implementation != NAME:
-                raise Inexact(f"{type(model).__name__}: its attention cannot be exchanged")
-            for block, value in zip(blocks, given, strict=True):
-                if value is not None:
-                    hooks.callback(block.register_forward_pre_hook(argument(value), with_kwargs=True).remove)
-                if isinstance(value, _Given):
-                    hooks.callback(block.register_forward_hook(partial(check, given=value)).remove)
-            yield
+            reading = source({"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
+            if reading is not None and not isinstance(reading.prefix, Tokens):
+                self.shift(reading)
         finally:
-            # Backward runs checkpointed blocks again: they must find the attention that they ran with.
-            if before != NAME and not any(getattr(block, "gradient_checkpointing", False) for block in base.modules()):
-                model.set_attn_implementation(before)  # type: ignore[operator]
+            self.given, self.busy = None, False
+
+    def _before_block(self, place: int, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.tokens is not None:
+            return _with_rows(block, args, kwargs, self.tokens.deep, place)
+        if self.given is None or self.given[place] is None:
+            return None
+        if "fastprompt" in kwargs:
+            raise ValueError(f"{type(block).__name__}: the model has a prefix already; leave that context first")
+        return args, {**kwargs, "fastprompt": self.given[place]}
+
+    def _after_block(self, place: int, block: nn.Module, args: Any, out: Any) -> Any:
+        if self.tokens is not None and place == len(self.blocks) - 1:
+            return _without_rows(out, self.tokens)
+        given = None if self.given is None else self.given[place]
+        if isinstance(given, Given) and not (torch.compiler.is_compiling() or given.read):
+            raise Inexact(f"{type(block).__name__}: it does not hand the prefix on to its attention")
+        return None
+
+    @contextmanager
+    def reading(self, source: Callable[[dict[str, Any]], Reading | None]) -> Iterator[None]:
+        """Every call of the model reads what `source` says of the call's arguments; None: nothing."""
+
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            if self.busy:
+                return None
+            kwargs, self.tokens, self.given, self.busy = _named(module, args, kwargs), None, None, True
+            try:
+                reading = source(kwargs)
+            finally:
+                self.given, self.busy = None, False
+            return None if reading is None else ((), self._arguments(reading, kwargs))
+
+        def after(module: nn.Module, args: Any, out: Any) -> Any:
+            if self.busy:
+                return None
+            tokens, self.given, self.tokens = self.tokens, None, None
+            if tokens is None or tokens.shallow is None or not self.began:
+                return None
+            out["last_hidden_state"] = out["last_hidden_state"][:, tokens.shallow.shape[1] :]
+            return out
+
+        with self.attention(), ExitStack() as hooks:
+            hooks.callback(self.base.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(self.base.register_forward_hook(after).remove)
+            yield
+
+    def _arguments(self, reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call that reads a prefix."""
+        prefix, base = reading.prefix, self.base
+        if isinstance(prefix, Tokens):
+            if prefix.shallow is None and _is_causal(self.blocks[0]):
+                raise Inexact(f"{type(base).__name__}: tokens in the blocks of a causal model have no place in its mask")
+            self.tokens, self.began = prefix, not _past(kwargs)
+            return kwargs if prefix.shallow is None else _in_front(base, prefix.shallow, kwargs, self.began)
+        shift, past = self.shift(reading), _past(kwargs)
+        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
+        if any(self.windows):
+            _check_packing(kwargs)
+        self.given = [
+            None if pair is None else Given(*pair, reading.index, reading.lengths, [], window, past)
+            for pair, window in zip(prefix, self.windows, strict=True)
+        ]
+        if not (isinstance(shift, int) and shift == 0) and _takes_positions(base):
+            positions = _positions(base, kwargs)
+            if not isinstance(past, Tensor):
+                _check_table(base, _length(prefix), past + positions.shape[1])
+            kwargs["position_ids"] = torch.where(positions < 0, positions, positions + shift)  # below 0 is padding
+        return kwargs
+
+    def shift(self, reading: Reading) -> int | Tensor:
+        """How far a reading moves the samples' positions, after what can be wrong with it."""
+        prefix = reading.prefix
+        assert not isinstance(prefix, Tokens)
+        if len(prefix) != len(self.blocks):
+            raise bad("prefix", f"keys and values for each of the {len(self.blocks)} blocks", len(prefix))
+        shift = _offset(prefix, reading.index, reading.lengths) if reading.offset is None else reading.offset
+        moves = not (isinstance(shift, int) and shift == 0)
+        if moves and not _takes_positions(self.base) and _is_causal(self.blocks[0]):
+            name = type(self.base).__name__
+            raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
+        return shift
+
+    def shallow(self, prompt: Tensor, model: nn.Module | None = None) -> tuple[Hoisted, Any]:
+        """(`hoist` inside `attention`, with a model the output that it has at the prompt's rows)."""
+        base, blocks = self.base, self.blocks
+        check_exact(base)
+        if any(isinstance(part, nn.Conv1d) for block in blocks for part in block.modules()):
+            raise Inexact(f"{type(base).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
+        seen: list[KeyValue] = []
+        self.given = [_Record(seen, True, model is None and block is blocks[-1]) for block in blocks]
+        out, rows, inputs = None, prompt, {}
+        if prompt.dtype == torch.int64:
+            inputs["input_ids"] = prompt
+        else:
+            rows = prompt.to(base.dtype, copy=True)  # some models scale embeddings in place
+            inputs["inputs_embeds"] = rows
+        with _without_checkpointing(blocks), suppress(_Enough), ExitStack() as hooks:
+            if "inputs_embeds" in inputs and "inputs_embeds" not in inspect.signature(base.forward).parameters:
+                # The text side of CLIP takes ids alone.
+                inputs = {"input_ids": rows.new_zeros(rows.shape[:2], dtype=torch.int64)}
+                hooks.callback(base.get_input_embeddings().register_forward_hook(lambda *_: rows).remove)
+            out = (base if model is None else model)(**inputs, use_cache=False)
+        self.given = None
+        if len(seen) != len(blocks):
+            raise Inexact(f"{type(base).__name__}: {len(seen)} attention calls read the prompt in {len(blocks)} blocks")
+        return Hoisted(seen, prompt.shape[1]), out
+
+    def deep(self, prompts: Sequence[Tensor | None], reads_prompt: bool = False) -> Hoisted:
+        """`hoist_deep` inside `attention`."""
+        blocks = self.blocks
+        check_deep(prompts, len(blocks), reads_prompt)
+        check_exact(self.base)
+        records = [_Record([], False, True) for _ in blocks]
+        self.given = records
+        with _without_checkpointing(blocks):
+            for block, tokens in zip(blocks, prompts, strict=True):
+                if tokens is not None:
+                    _begin(block, tokens.to(self.base.dtype))
+        return Hoisted([record.seen[0] if record.seen else None for record in records], 0)
+
+
+def check_deep(prompts: Sequence[Tensor | None], count: int, reads_prompt: bool) -> None:
+    """Refuses deep prompts that keys and values do not stand for."""
+    if len(prompts) != count:
+        raise bad("prompts", f"one for each of the {count} blocks", len(prompts))
+    first = next((place for place, tokens in enumerate(prompts) if tokens is not None), count)
+    missing = [place for place in range(first, count) if prompts[place] is None]
+    if missing:
+        raise Inexact(f"prompts: block {missing[0]} has none, and so would read what block {missing[0] - 1} made of its prompt")
+    if reads_prompt:
+        raise Inexact("reads_prompt: the prompt's rows are read after the last block, so they have to be computed")
 
 
 @contextmanager
 def _without_checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """A recorded tensor must not belong to a run that is thrown away."""
-    before = [getattr(block, "gradient_checkpointing", None) for block in blocks]
-    for block in blocks:
+    ones = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    for block in ones:
         block.gradient_checkpointing = False  # type: ignore[assignment]
     try:
         yield
     finally:
-        for block, value in zip(blocks, before, strict=True):
-            if value is None:
-                del block.gradient_checkpointing
-            else:
-                block.gradient_checkpointing = value  # type: ignore[assignment]
+        for block in ones:
+            block.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def _fallback(fallback: str | None) -> bool:
@@ -307,19 +540,9 @@ def hoist(model: nn.Module, prompt: Tensor, *, fallback: str | None = None) -> H
     prompt = prompt[None] if prompt.dim() == (1 if ids else 2) else prompt
     allowed = _fallback(fallback)
     try:
-        base, blocks = _parts(model)
-        _check_layers(model)
-        _check_exact(base)
-        if any(isinstance(part, nn.Conv1d) for block in blocks for part in block.modules()):
-            raise Inexact(f"{type(model).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
-        seen: list[KeyValue] = []
-        records = [_Record(seen, True, block is blocks[-1]) for block in blocks]
-        inputs = {"input_ids": prompt} if ids else {"inputs_embeds": prompt.to(base.dtype, copy=True)}  # some scale it in place
-        with _without_checkpointing(blocks), _wired(model, base, blocks, records), suppress(_Enough):
-            base(**inputs, use_cache=False)
-        if len(seen) != len(blocks):
-            raise Inexact(f"{type(model).__name__}: {len(seen)} attention calls read the prompt in {len(blocks)} blocks")
-        return Hoisted(seen, prompt.shape[1])
+        wiring = Wiring(model)
+        with wiring.attention():
+            return wiring.shallow(prompt)[0]
     except Inexact:
         if not allowed:
             raise
@@ -349,24 +572,9 @@ def hoist_deep(
     """
     allowed = _fallback(fallback)
     try:
-        base, blocks = _parts(model)
-        if len(prompts) != len(blocks):
-            raise bad("prompts", f"one for each of the {len(blocks)} blocks", len(prompts))
-        first = next((place for place, tokens in enumerate(prompts) if tokens is not None), len(blocks))
-        missing = [place for place in range(first, len(blocks)) if prompts[place] is None]
-        if missing:
-            raise Inexact(
-                f"prompts: block {missing[0]} has none, and so would read what block {missing[0] - 1} made of its prompt"
-            )
-        if reads_prompt:
-            raise Inexact("reads_prompt: the prompt's rows are read after the last block, so they have to be computed")
-        _check_exact(base)
-        records = [_Record([], False, True) for _ in blocks]
-        with _without_checkpointing(blocks), _wired(model, base, blocks, records):
-            for block, tokens in zip(blocks, prompts, strict=True):
-                if tokens is not None:
-                    _begin(block, tokens.to(base.dtype))
-        return Hoisted([record.seen[0] if record.seen else None for record in records], 0)
+        wiring = Wiring(model)
+        with wiring.attention():
+            return wiring.deep(prompts, reads_prompt)
     except Inexact:
         if not allowed:
             raise
@@ -375,13 +583,16 @@ def hoist_deep(
 
 def _begin(block: nn.Module, tokens: Tensor) -> None:
     """Runs a block as far as its attention."""
+    mask = inspect.signature(block.forward).parameters.get("attention_mask")
+    needed = {"attention_mask": None} if mask is not None and mask.default is inspect.Parameter.empty else {}
     try:
-        block(tokens)
+        block(tokens, **needed)
     except _Enough:
         return
     except TypeError as needs:
         raise Inexact(f"{type(block).__name__}: needs more than its input ({needs})") from needs
-    raise Inexact(f"{type(block).__name__}: its attention was not called")
+    if not torch.compiler.is_compiling():
+        raise Inexact(f"{type(block).__name__}: its attention was not called")
 
 
 # ---- A model with a prefix ----
@@ -408,37 +619,44 @@ def prefixed(
     Raises:
         ValueError: a prefix that does not fit the model, or a model that has one already.
     """
-    if isinstance(prefix, Tokens):
-        if index is not None or lengths is not None or offset is not None:
-            raise bad("index, lengths, offset", "None for a prompt as tokens", "at least one")
-        with _with_tokens(model, prefix):
-            yield model
-        return
-    base, blocks = _parts(model)
-    _check_layers(model)
-    if len(prefix) != len(blocks):
-        raise bad("prefix", f"keys and values for each of the {len(blocks)} blocks", len(prefix))
-    given = [None if pair is None else _Given(*pair, index, lengths, []) for pair in prefix]
-    shift = _offset(prefix, index, lengths) if offset is None else offset
-
-    def move(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        args, kwargs = (), _named(module, args, kwargs)
-        return args, {**kwargs, "position_ids": _positions(module, kwargs) + shift}
-
-    moves = not (isinstance(shift, int) and shift == 0)
-    placed = "position_ids" in inspect.signature(base.forward).parameters
-    if moves and not placed and any(getattr(part, "is_causal", False) for part in blocks[0].modules()):
-        raise Inexact(f"{type(base).__name__}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
-    with _wired(model, base, blocks, given), ExitStack() as hooks:
-        if moves and placed:
-            hooks.callback(base.register_forward_pre_hook(move, with_kwargs=True).remove)
+    if isinstance(prefix, Tokens) and (index is not None or lengths is not None or offset is not None):
+        raise bad("index, lengths, offset", "None for a prompt as tokens", "at least one")
+    wiring, reading = Wiring(model), Reading(prefix, index, lengths, offset)
+    if not isinstance(prefix, Tokens):
+        wiring.shift(reading)
+    with wiring.reading(lambda kwargs: reading):
         yield model
 
 
+def _is_causal(block: nn.Module) -> bool:
+    return any(getattr(part, "is_causal", False) for part in block.modules())
+
+
+def _takes_positions(base: Any) -> bool:
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
+def _check_packing(kwargs: dict[str, Any]) -> None:
+    from transformers import masking_utils
+
+    ids, mask, cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
+    packs = ids is not None and mask is None and cache is None and ids.shape[0] == 1
+    if packs and masking_utils.find_packed_sequence_indices(ids) is not None:
+        raise Inexact("position_ids: expected no packed sequences where attention has a window, got some")
+
+
+def _check_table(base: Any, prompt: int, own: int) -> None:
+    """A prompt may not push tokens beyond a learned table of positions."""
+    for name, table in base.named_modules():
+        if isinstance(table, nn.Embedding) and ("position" in name or name.endswith("wpe")):
+            unused = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+            if prompt + own > table.num_embeddings - unused:
+                room = f"at most the {table.num_embeddings - unused} positions of {type(base).__name__}.{name}"
+                raise bad("prompt", room, f"{prompt} and the {own} of the samples")
+
+
 def _offset(prefix: Sequence[KeyValue | None], index: Tensor | None, lengths: Tensor | None) -> int | Tensor:
-    length = max((pair[0].shape[2] for pair in prefix if pair is not None), default=0)
-    if isinstance(prefix, Hoisted):
-        length = prefix.offset
+    length = prefix.offset if isinstance(prefix, Hoisted) else _length(prefix)
     if (index is None and lengths is None) or not length:
         return length
     if index is None:
@@ -446,6 +664,10 @@ def _offset(prefix: Sequence[KeyValue | None], index: Tensor | None, lengths: Te
     check_labels("index", index, None)
     chosen = length if lengths is None else lengths[index.clamp(min=0)]
     return torch.where(index < 0, 0, chosen)[:, None]
+
+
+def _length(prefix: Sequence[KeyValue | None]) -> int:
+    return max([0, *(pair[0].shape[2] for pair in prefix if pair is not None)])
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -476,84 +698,56 @@ def _positions(module: Any, kwargs: dict[str, Any]) -> Tensor:
 # ---- The fallback: tokens in every sample ----
 
 
-@contextmanager
-def _with_tokens(model: nn.Module, prompt: Tokens) -> Iterator[None]:
-    base, blocks = _parts(model)
-    with ExitStack() as hooks:
-        if prompt.shallow is not None:
-            _in_front(base, prompt.shallow, hooks)
-        else:
-            if any(getattr(part, "is_causal", False) for part in blocks[0].modules()):
-                raise Inexact(f"{type(model).__name__}: tokens in the blocks of a causal model have no place in its mask")
-            _in_blocks(blocks, prompt, hooks)
-        yield
-
-
-def _in_front(base: Any, prompt: Tensor, hooks: ExitStack) -> None:
+def _in_front(base: Any, prompt: Tensor, kwargs: dict[str, Any], began: bool) -> dict[str, Any]:
     """PEFT's prompt tuning: embeddings in front of the samples' own; the output has the samples' rows again."""
     length = prompt.shape[1]
-    began: list[bool] = []
-
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs = _named(module, args, kwargs)
-        began[:] = [not _past(kwargs)]
-        for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
-            tensor = kwargs.get(name)
-            if tensor is not None and tensor.dim() != 2:
-                raise bad(name, "[B, S]", list(tensor.shape))
-            if tensor is not None and (began[0] or name == "attention_mask"):
-                kwargs[name] = nn.functional.pad(tensor, (length, 0), value=fill)
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] + length
-        if not began[0]:
-            return (), kwargs
-        if kwargs.get("position_ids") is not None:
-            first = torch.arange(length, device=prompt.device).expand(kwargs["position_ids"].shape[0], -1)
-            kwargs["position_ids"] = torch.cat([first, kwargs["position_ids"]], 1)
-        own = kwargs.get("inputs_embeds")
-        own = base.get_input_embeddings()(kwargs.pop("input_ids")) if own is None else own
-        kwargs["inputs_embeds"] = torch.cat([prompt.to(own.dtype).expand(len(own), -1, -1), own], 1)
-        return (), kwargs
-
-    def after(module: nn.Module, args: Any, out: Any) -> Any:
-        if began[0]:
-            out["last_hidden_state"] = out["last_hidden_state"][:, length:]
-        return out
-
-    hooks.callback(base.register_forward_pre_hook(before, with_kwargs=True).remove)
-    hooks.callback(base.register_forward_hook(after).remove)
+    for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
+        tensor = kwargs.get(name)
+        if tensor is not None and tensor.dim() != 2:
+            raise bad(name, "[B, S]", list(tensor.shape))
+        if tensor is not None and (began or name == "attention_mask"):
+            kwargs[name] = nn.functional.pad(tensor, (length, 0), value=fill)
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kwargs["position_ids"] + length
+    if not began:
+        return kwargs
+    if kwargs.get("position_ids") is not None:
+        first = torch.arange(length, device=prompt.device).expand(kwargs["position_ids"].shape[0], -1)
+        kwargs["position_ids"] = torch.cat([first, kwargs["position_ids"]], 1)
+    own = kwargs.get("inputs_embeds")
+    own = base.get_input_embeddings()(kwargs.pop("input_ids")) if own is None else own
+    kwargs["inputs_embeds"] = torch.cat([prompt.to(own.dtype).expand(len(own), -1, -1), own], 1)
+    return kwargs
 
 
-def _in_blocks(blocks: Sequence[nn.Module], prompt: Tokens, hooks: ExitStack) -> None:
+def _rows(deep: Sequence[Tensor | None], place: int) -> int:
+    """How many rows of prompts the blocks before have put in front."""
+    lengths = [tokens.shape[1] for tokens in deep[:place] if tokens is not None]
+    return lengths[-1] if lengths else 0
+
+
+def _with_rows(block: nn.Module, args: Any, kwargs: dict[str, Any], deep: Sequence[Tensor | None], place: int) -> Any:
     """VPT: a block's prompt replaces the rows of the one before; a block without a prompt goes on with them."""
-    rows = 0
-    for block, tokens in zip(blocks, prompt.deep, strict=True):
-        if rows or tokens is not None:
-            hook = _placing(tokens, rows)
-            hooks.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        rows = rows if tokens is None else tokens.shape[1]
+    tokens, length = deep[place] if deep else None, _rows(deep, place)
+    if tokens is None and not length:
+        return None
+    kwargs = _named(block, args, kwargs)
+    if kwargs.get("is_causal"):
+        raise Inexact(f"{type(block).__name__}: tokens in the blocks of a causal model have no place in its mask")
+    x = kwargs.pop("hidden_states")
+    if tokens is not None:
+        x, length = torch.cat([tokens.to(x.dtype).expand(len(x), -1, -1), x[:, length:]], 1), tokens.shape[1]
+    mask = kwargs.get("attention_mask")
+    if mask is not None:  # which keys are seen, the same for every query
+        kwargs["attention_mask"] = nn.functional.pad(mask, (length, 0), value=True)
+    return (x,), kwargs
 
-    def after(block: nn.Module, args: Any, out: Any) -> Any:
-        x = out[0] if isinstance(out, tuple) else out
-        first, own = x[:, rows : rows + 1], x[:, rows + 1 :]
-        x = torch.cat([first, x[:, :rows], own], 1) if prompt.keep else x[:, rows:]
-        return (x, *out[1:]) if isinstance(out, tuple) else x
 
-    hooks.callback(blocks[-1].register_forward_hook(after).remove)
-
-
-def _placing(tokens: Tensor | None, rows: int) -> Callable[..., Any]:
-    """A block's hook: its tokens instead of the first `rows` rows, and a mask that sees them."""
-
-    def hook(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs = _named(block, args, kwargs)
-        x, length = kwargs.pop("hidden_states"), rows
-        if tokens is not None:
-            x, length = torch.cat([tokens.to(x.dtype).expand(len(x), -1, -1), x[:, rows:]], 1), tokens.shape[1]
-        mask = kwargs.get("attention_mask")
-        if mask is not None:  # [B, 1, T, T] of transformers, bool or added; every query sees the same
-            mask = nn.functional.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
-            kwargs["attention_mask"] = torch.cat([mask[:, :, :1].expand(-1, -1, length, -1), mask], 2)
-        return (x,), kwargs
-
-    return hook
+def _without_rows(out: Any, tokens: Tokens) -> Any:
+    length = _rows(tokens.deep, len(tokens.deep))
+    if not length:
+        return None
+    x = out[0] if isinstance(out, tuple) else out
+    first, own = x[:, length : length + 1], x[:, length + 1 :]
+    x = torch.cat([first, x[:, :length], own], 1) if tokens.keep else x[:, length:]
+    return (x, *out[1:]) if isinstance(out, tuple) else x

@@ -518,9 +518,12 @@ def test_models_that_cannot_be_treated_exactly():
         "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS,
         "num_key_value_heads": 2, "vocab_size": VOCABULARY,
     }  # fmt: skip
-    mistral = frozen(lambda: transformers.MistralForCausalLM(transformers.MistralConfig(sliding_window=4, **sizes)))
-    with pytest.raises(Inexact, match="sliding"):
-        hoist(mistral, prompt())
+    modern = transformers.ModernBertConfig(
+        **{k: v for k, v in sizes.items() if k != "num_key_value_heads"}, local_attention=4, pad_token_id=0
+    )
+    modern = frozen(lambda: transformers.ModernBertModel(modern))
+    with prefixed(modern, double(fnn.PrefixKV(2, HEADS, P, 8))()), pytest.raises(Inexact, match="to both sides"):
+        modern(tokens())
     mamba = transformers.MambaForCausalLM(
         transformers.MambaConfig(hidden_size=WIDTH, state_size=4, num_hidden_layers=2, vocab_size=VOCABULARY)
     )
@@ -554,14 +557,15 @@ def test_models_that_cannot_be_treated_exactly():
         hoist_deep(frozen(llama), double(fnn.DeepPrompt(LAYERS, P, WIDTH))())
 
 
-def test_masks_that_are_not_understood_are_refused():
+def test_four_dimensional_masks():
+    """Which key each query sees, bool; a float bias is refused."""
     model, prefix = frozen(llama), double(fnn.PrefixKV(LAYERS, 2, P, WIDTH // HEADS))
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    seen = torch.ones(B, 1, T, T, dtype=torch.bool).tril()
     with prefixed(model, prefix()):
-        with pytest.raises(Inexact, match="packed"):
-            model(tokens(), position_ids=packed, use_cache=False)
+        want = model(tokens()).logits
+        agree(model(tokens(), attention_mask=seen).logits, want, prefix)
         with pytest.raises(ValueError, match="attention_mask: expected which keys are seen"):
-            model(tokens(), attention_mask=torch.ones(B, 1, T, T, dtype=torch.bool).tril())
+            model(tokens(), attention_mask=seen.double())
 
 
 def test_wrong_arguments():

@@ -1,0 +1,326 @@
+"""`attach`: prompts in a model that somebody already has, without a subclass and without a change of its code.
+
+handle = fastprompt.attach(model, fastprompt.nn.SoftPrompt(20, model.config.hidden_size))
+loss = model(input_ids=ids, labels=labels).loss       # the model with the prompt
+loss.backward()                                       # gradients of handle.parameters()
+handle.detach()                                       # the model as it was
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt.functional.checks import bad, check_labels, check_range
+from fastprompt.hoist import Inexact, KeyValue, Reading, Tokens, Wiring
+from fastprompt.integrations.calls import Calls
+from fastprompt.nn import DeepPrompt, PrefixKV, SoftPrompt
+
+_attached: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module, prompt: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module], *, use: Any = 0,
+    part: str | None = None, blocks: str | None = None, fallback: str | None = None, freeze: bool = True,
+) -> Attached:  # fmt: skip
+    """Puts prompts into a model: from now on `model(...)` and `model.generate(...)` run with one of them.
+
+        out = softmax(scale * q [prompt's keys | keys]^T) [prompt's values | values]       in every block
+
+    The prompt's keys and values are made once a call, whatever the batch (`fastprompt.hoist` says why that is exact). Masks
+    and labels are those of the samples alone.
+
+    Models of transformers are wired through their attention and mask interfaces. Other models (timm, torchvision, open_clip,
+    your own) are wired at their blocks' calls of `scaled_dot_product_attention` or `nn.MultiheadAttention`, for `DeepPrompt`
+    and `PrefixKV`; nothing moves their positions there.
+
+    Args:
+        model: frozen here, in eval mode, until `detach`. For gradient checkpointing call `model.train()` afterwards; dropout
+            that is active then is refused.
+        prompt: `PrefixKV` (prefix tuning, arXiv 2101.00190), `DeepPrompt` (VPT-deep, arXiv 2203.12119) or `SoftPrompt` (prompt
+            tuning, arXiv 2104.08691); or several of one kind, in a list or by name. Prompts are numbered through.
+        use: the prompt in use at first, see `Attached.use`.
+        part: name of the part of the model to attach to ("vision_model" of a CLIP).
+        blocks: name of the list of blocks, for a model that is not of transformers and has several of that length.
+        fallback: "tokens": where keys and values made once are not exact (a soft prompt in an encoder, deep prompts in the
+            first blocks only), tokens in every sample of a model of transformers.
+        freeze: False leaves gradients and mode as they are.
+
+    Raises:
+        Inexact (a ValueError): what cannot be done exactly, and why.
+        ValueError, TypeError: a prompt that does not fit, a model that has one already.
+    """
+    return Attached(model, prompt, use=use, part=part, blocks=blocks, fallback=fallback, freeze=freeze)
+
+
+class Attached:
+    """What `attach` did: `print` says it, `detach` undoes it. One thread at a time runs the model.
+
+    Attributes:
+        model: the model.
+        prompts: the prompts by name; "0", "1", ... in the order of a list.
+    """
+
+    def __init__(
+        self, model: nn.Module, prompt: Any, *, use: Any, part: str | None, blocks: str | None, fallback: str | None,
+        freeze: bool,
+    ) -> None:  # fmt: skip
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if fallback not in (None, "tokens"):
+            raise bad("fallback", 'None or "tokens"', repr(fallback))
+        self.model, self.prompts, self.fallback, self.reason = model, _by_name(prompt), fallback, ""
+        target = model if part is None else model.get_submodule(part)
+        self._path = _path(target, blocks, next(iter(self.prompts.values())))
+        if self._path.base in _attached:
+            other = "one with " + ", ".join(type(each).__name__ for each in _attached[self._path.base].prompts.values())
+            raise bad("model", "one without a prompt; call detach() on its handle first, or attach a list of prompts", other)
+        self._rows: list[tuple[Any, int]] = []
+        for name, each in self.prompts.items():
+            _check_fit(name, each, self._path)
+            self._rows += [(each, row) for row in range(_count(each))]
+        self._begun: WeakKeyDictionary[Any, tuple[Any, Reading | None]] = WeakKeyDictionary()
+        self._hooks = ExitStack()
+        self.use(use)
+        own = {id(parameter) for parameter in self.parameters()}
+        self._modes = [(module, module.training) for module in model.modules()] if freeze else []
+        self._trained = [p for p in model.parameters() if freeze and p.requires_grad and id(p) not in own]
+        try:
+            if freeze:
+                model.eval()
+            for parameter in self._trained:
+                parameter.requires_grad_(False)
+            self._hooks.enter_context(self._path.reading(self._read))
+            with torch.no_grad():
+                self._try()
+        except BaseException:
+            self.detach()
+            raise
+        _attached[self._path.base] = self
+
+    # ---- What users call ----
+
+    def use(self, choice: Any) -> Attached:
+        """Chooses the prompt of all samples (a number or a name; None: no prompt), or each sample's own.
+
+        Each sample's own: int64 [B], -1 for none, or a list of numbers and names, None for none. It holds until the next
+        `use`. In `generate`, beams and repeated sequences take their sample's.
+        """
+        index = None
+        if isinstance(choice, Tensor):
+            check_labels("use", choice, None)
+            check_range("use", choice, len(self._rows), ignored=-1)
+            used, index = torch.unique(choice, return_inverse=True)
+            used = used.tolist()
+            if used and used[0] == -1:
+                used, index = used[1:], index - 1
+        elif isinstance(choice, (list, tuple)):
+            return self.use(torch.tensor([-1 if each is None else self._number(each) for each in choice], dtype=torch.int64))
+        else:
+            used = [] if choice is None else [self._number(choice)]
+        self._used: list[int] = used
+        self._choice = object()
+        device = next(self.model.parameters()).device
+        self._index = None if index is None or not used else index.to(device)
+        lengths = [self._rows[row][0].length for row in used]
+        self._lengths = torch.tensor(lengths, device=device) if len(set(lengths)) > 1 else None
+        return self
+
+    def _number(self, choice: Any) -> int:
+        if isinstance(choice, str):
+            if choice not in self.prompts:
+                raise bad("use", "one of " + ", ".join(self.prompts), repr(choice))
+            rows = [number for number, (module, _) in enumerate(self._rows) if module is self.prompts[choice]]
+            if len(rows) > 1:
+                raise bad("use", f"a number from {rows[0]} to {rows[-1]}, because {choice} has several prompts", repr(choice))
+            return rows[0]
+        if isinstance(choice, bool) or not isinstance(choice, int):
+            raise TypeError(f"use: expected a number, a name, a list of them, int64 [B] or None, got {type(choice).__name__}")
+        if not -1 <= choice < len(self._rows) or choice == -1:
+            raise bad("use", f"a number from 0 to {len(self._rows) - 1}", choice)
+        return choice
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The model without a prompt, wires and all."""
+        self._hooks.close()
+        try:
+            yield self.model
+        finally:
+            self._hooks.enter_context(self._path.reading(self._read))
+
+    def detach(self) -> nn.Module:
+        """The very same model again: hooks, configuration, gradients and mode are those before `attach`."""
+        self._hooks.close()
+        self._path.restore()
+        _attached.pop(self._path.base, None)
+        for module, mode in self._modes:
+            module.training = mode
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self._modes, self._trained = [], []
+        return self.model
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimizer should get."""
+        return iter([parameter for module in self.prompts.values() for parameter in module.parameters()])
+
+    def __repr__(self) -> str:
+        blocks = self._path.blocks
+        kind = "PrefixKV" if isinstance(self._rows[0][0], PrefixKV) else type(self._rows[0][0]).__name__
+        lines = [f"{type(self.model).__name__} with {', '.join(f'{name}: {each!r}' for name, each in self.prompts.items())}"]
+        lines.append(f"layers: {len(blocks)} {type(blocks[0]).__name__}")
+        if isinstance(self._path, Wiring):
+            lines.append("path: the attention and mask interfaces of transformers, fastprompt.functional.prefix_attention")
+        else:
+            lines.append(f"path: calls of PyTorch's attention in {self._path.name}, fastprompt.functional.prefix_attention")
+        if kind == "PrefixKV":
+            lines.append("hoisted: nothing to hoist, keys and values are trained themselves")
+        elif self.reason:
+            lines.append(f"hoisted: nothing, tokens are in every sample, because {self.reason}")
+        else:
+            lines.append("hoisted: the prompt's keys and values, made once a call for the batch")
+        windows = getattr(self._path, "windows", None) or []
+        far = [place for place, window in enumerate(windows) if window]
+        if far:
+            lines.append(f"not fused: layers {far} see {windows[far[0]]} tokens back; behind that, a prompt is copied and masked")
+        used = ", ".join(map(str, self._used)) or "nothing"
+        lines.append(f"in use: {used}{'' if self._index is None else ', each sample its own'}")
+        return "\n  ".join(lines)
+
+    # ---- What the wires call ----
+
+    def _read(self, kwargs: dict[str, Any]) -> Reading | None:
+        """What a call reads. A cache goes on with the prompt that it was begun with."""
+        cache = kwargs.get("past_key_values")
+        if cache is None or torch.compiler.is_compiling():
+            return self._made(kwargs)
+        state = self._choice, [parameter._version for parameter in self.parameters()], torch.is_grad_enabled()
+        begun = self._begun.get(cache)
+        rows = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
+        # Asking a static cache how full it is costs a sync on a GPU.
+        if begun is not None and ((begun[0] == state and rows.shape[1] == 1) or bool(cache.get_seq_length())):
+            return begun[1]
+        reading = self._made(kwargs)
+        self._begun[cache] = state, reading
+        return reading
+
+    def _made(self, kwargs: dict[str, Any]) -> Reading | None:
+        if not self._used:
+            return None
+        batch = next(len(value) for value in kwargs.values() if isinstance(value, Tensor))
+        index = self._index
+        if index is not None and len(index) != batch:
+            if batch % len(index) or kwargs.get("past_key_values") is None:
+                raise bad("use", f"one prompt for each of the {batch} samples", len(index))
+            index = index.repeat_interleave(batch // len(index))
+        modules = [self._rows[row] for row in self._used]
+        if isinstance(modules[0][0], PrefixKV):
+            return Reading(_side_by_side(modules), index, self._lengths)
+        try:
+            if isinstance(modules[0][0], SoftPrompt):
+                whole = _joined([module()[row : row + 1] for module, row in modules])
+                return Reading(self._path.shallow(whole)[0], index, self._lengths)
+            return Reading(self._path.deep(_layers(modules, batch)), index, self._lengths)
+        except Inexact as reason:
+            if self.fallback is None:
+                raise
+            self.reason = str(reason)
+            return Reading(self._tokens(modules, index, batch))
+
+    def _tokens(self, modules: Sequence[tuple[Any, int]], index: Tensor | None, batch: int) -> Tokens:
+        if self._lengths is not None:
+            raise Inexact("use: prompts of several lengths in a batch cannot be tokens of every sample")
+        if isinstance(modules[0][0], SoftPrompt):
+            whole = _joined([module()[row : row + 1] for module, row in modules])
+            if index is not None:
+                check_range("use", index, len(modules))
+                whole = whole[index]
+            return Tokens(whole)
+        layers = _layers(modules, batch)
+        return Tokens(None, layers if index is None else [None if tokens is None else tokens[index] for tokens in layers])
+
+    def _try(self) -> None:
+        """One run of each prompt, so that what is not exact is refused now."""
+        before = self._used, self._index, self._lengths, self._choice
+        try:
+            for number in range(len(self._rows)):
+                self.use(number)
+                self._path.run(self._made)
+        finally:
+            self._used, self._index, self._lengths, self._choice = before
+
+
+def _by_name(prompt: Any) -> dict[str, Any]:
+    if isinstance(prompt, Mapping):
+        prompts = dict(prompt)
+    else:
+        prompts = {str(place): each for place, each in enumerate(prompt if isinstance(prompt, (list, tuple)) else [prompt])}
+    kinds = {type(each).__name__ for each in prompts.values()}
+    if not prompts or not all(isinstance(each, (PrefixKV, DeepPrompt, SoftPrompt)) for each in prompts.values()):
+        raise TypeError(f"prompt: expected PrefixKV, DeepPrompt or SoftPrompt, got {', '.join(sorted(kinds)) or 'nothing'}")
+    if len(kinds) > 1:
+        raise bad("prompt", "prompts of one kind", " and ".join(sorted(kinds)))
+    return prompts
+
+
+def _path(model: nn.Module, blocks: str | None, prompt: Any) -> Wiring | Calls:
+    try:
+        from transformers import PreTrainedModel
+    except ImportError:
+        PreTrainedModel = ()  # type: ignore[assignment, misc]
+    if isinstance(model, PreTrainedModel):
+        if blocks is not None:
+            raise bad("blocks", "None for a model of transformers, whose blocks are known", repr(blocks))
+        return Wiring(model)
+    if isinstance(prompt, SoftPrompt):
+        raise Inexact(f"{type(model).__name__}: not a model of transformers, whose embeddings a soft prompt could join")
+    return Calls(model, blocks, prompt.layers)
+
+
+def _check_fit(name: str, prompt: Any, path: Wiring | Calls) -> None:
+    def check(argument: str, wanted: int | None) -> None:
+        if wanted is not None and getattr(prompt, argument) != wanted:
+            raise bad(f"prompt {name}", f"{argument}={wanted} for {type(path.model).__name__}", getattr(prompt, argument))
+
+    if not isinstance(prompt, SoftPrompt):
+        check("layers", len(path.blocks))
+    if isinstance(prompt, PrefixKV):
+        check("kv_heads", path.kv_heads)
+        check("head_dim", path.head_dim)
+    else:
+        check("width", path.width)
+
+
+def _count(prompt: Any) -> int:
+    return 1 if isinstance(prompt, DeepPrompt) else prompt.prompts
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """[n, ..., P, width] of n tensors [1, ..., P', width], filled up with zeros."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.shape[-2] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[-2])) for part in parts])
+
+
+def _side_by_side(modules: Sequence[tuple[Any, int]]) -> list[KeyValue]:
+    made = {id(module): module() for module, _ in modules}
+    rows = [[(k[row : row + 1], v[row : row + 1]) for k, v in made[id(module)]] for module, row in modules]
+    return [(_joined([k for k, _ in layer]), _joined([v for _, v in layer])) for layer in zip(*rows, strict=True)]
+
+
+def _layers(modules: Sequence[tuple[Any, int]], batch: int) -> list[Tensor | None]:
+    made = [module(batch) for module, _ in modules]
+    layers: list[Tensor | None] = []
+    for place, tokens in enumerate(zip(*made, strict=True)):
+        given = [each for each in tokens if each is not None]
+        if given and len(given) < len(tokens):
+            raise Inexact(f"use: block {place} has a prompt of some of the prompts in use, and not of others")
+        layers.append(_joined(given) if given else None)
+    return layers

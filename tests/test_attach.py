@@ -1,0 +1,502 @@
+"""Prompts attached to models by others: the outputs and gradients of token concatenation, or of a plain cache.
+
+Float64 to 1e-9 on small models of transformers' own classes with random weights, unpadded, right- and left-padded.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastprompt
+from fastprompt import nn as fnn
+from fastprompt.hoist import Inexact, hoist_deep
+from tests.test_hoist import (
+    HEADS,
+    LAYERS,
+    VOCABULARY,
+    WIDTH,
+    B,
+    P,
+    T,
+    ahead,
+    cached,
+    concatenated,
+    deep_by_tokens,
+    double,
+    frozen,
+    images,
+    own,
+    padding,
+    tokens,
+)
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+SIZES = {
+    "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 48,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 64,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+CAUSAL = {
+    "LlamaForCausalLM": {"num_key_value_heads": 2},
+    "MistralForCausalLM": {"num_key_value_heads": 2, "sliding_window": 6},
+    "Qwen3ForCausalLM": {**GROUPED, "sliding_window": 4, "use_sliding_window": True, "layer_types": KINDS},
+    "Gemma3ForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, "query_pre_attn_scalar": 16},
+    "GPT2LMHeadModel": {"bos_token_id": 0, "eos_token_id": None},
+    "OPTForCausalLM": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH, "pad_token_id": 1},
+}
+ENCODERS = {"BertModel": {}, "RobertaModel": {"pad_token_id": 1}}
+PICTURES = {"image_size": 8, "patch_size": 4}
+
+
+class Norm(nn.Module):
+    """A root mean square norm that stays in float64; the library's own compute in float32."""
+
+    def __init__(self, weight: Tensor, eps: float, shift: int) -> None:
+        super().__init__()
+        self.weight, self.eps, self.shift = weight, eps, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (self.weight + self.shift)
+
+
+@functools.cache
+def model_of(name: str):
+    """One model of a class for all tests: each has to leave it as it was."""
+    kind = getattr(transformers, name)
+    settings = (CAUSAL | ENCODERS | OTHERS)[name]
+    plain = (
+        {}
+        if name in OTHERS
+        else {k: v for k, v in SIZES.items() if not (k == "intermediate_size" and name.startswith(("GPT", "OPT")))}
+    )
+
+    def make():
+        built = kind(kind.config_class(**(plain | settings)))
+        for place, part in list(built.named_modules()):
+            if type(part).__name__.endswith("RMSNorm"):
+                eps = getattr(part, "variance_epsilon", None) or part.eps
+                built.set_submodule(place, Norm(part.weight, eps, int(name.startswith("Gemma"))))
+        return built
+
+    return frozen(make)
+
+
+OTHERS = {
+    "ViTModel": {k: v for k, v in SIZES.items() if k not in ("vocab_size", "max_position_embeddings")} | PICTURES,
+    "CLIPTextModel": {**SIZES, "eos_token_id": 2},
+    "WhisperModel": {
+        "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": 2, "encoder_attention_heads": HEADS,
+        "decoder_attention_heads": HEADS, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY,
+        "num_mel_bins": 4, "max_source_positions": 6, "max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 0,
+        "eos_token_id": 0, "decoder_start_token_id": 1,
+    },
+    "T5Model": {"d_model": WIDTH, "d_ff": 48, "num_layers": 2, "num_heads": HEADS, "d_kv": 8, "vocab_size": VOCABULARY},
+}  # fmt: skip
+OTHERS |= {"DeiTModel": OTHERS["ViTModel"], "CLIPVisionModel": OTHERS["ViTModel"]}
+
+
+def prefix_of(model, **options) -> fnn.PrefixKV:
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return double(fnn.PrefixKV(LAYERS, heads, options.pop("length", P), width, **options), 0.5)
+
+
+def words(least: int = 2) -> Tensor:
+    return tokens().clamp(min=least)
+
+
+def agree(got: Tensor, want: Tensor, prompt, mask: Tensor | None = None, close: float = 1e-9) -> None:
+    """Outputs at the samples' tokens, and gradients of everything that `prompt` trains."""
+    seen = slice(None) if mask is None else mask.bool()
+    g = torch.randn(want.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[seen]
+    torch.testing.assert_close(got[seen], want[seen], rtol=close, atol=close)
+    trained = list(prompt.parameters())
+    mine, theirs = (torch.autograd.grad(out[seen], trained, g, retain_graph=True) for out in (got, want))
+    for one, other in zip(mine, theirs, strict=True):
+        assert other.abs().max() > 1e-3, "a gradient that says nothing"
+        torch.testing.assert_close(one, other, rtol=close, atol=close)
+
+
+def traces(model) -> tuple:
+    """What attaching might leave behind."""
+    configs = [
+        repr(vars(part.config)) for part in model.modules() if hasattr(part, "config") and not isinstance(part.config, dict)
+    ]
+    hooks = [len(part._forward_pre_hooks) + len(part._forward_hooks) for part in model.modules()]
+    held = [sorted(vars(part)) for part in model.modules()]
+    frozen = [(part.training, [p.requires_grad for p in part.parameters(False)]) for part in model.modules()]
+    return configs, hooks, held, frozen
+
+
+# ---- Exact ----
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_models(name):
+    """A soft prompt is its tokens and a prefix is a plain cache; windows end within the prompt, and behind it."""
+    model, before = model_of(name), traces(model_of(name))
+    bare = model(words()).logits
+    soft, prefix = double(fnn.SoftPrompt(P, WIDTH)), prefix_of(model)
+    for side in (None, "right", "left"):
+        mask = padding(side)
+        full = torch.ones(B, P + T, dtype=torch.long) if mask is None else ahead(mask)
+        rows = [
+            concatenated(model, soft(), words(), mask),
+            model(words(), attention_mask=full, past_key_values=cached(prefix())).logits,
+        ]
+        for prompt, want in zip((soft, prefix), rows, strict=True):
+            handle = fastprompt.attach(model, prompt)
+            agree(model(words(), attention_mask=mask).logits, want, handle, mask)
+            assert handle.detach() is model
+    assert (rows[0] - rows[1]).abs().max() > 0.1
+    assert torch.equal(model(words()).logits, bare)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name):
+    """P-tuning v2 is a plain cache, deep prompts are VPT's loop, a soft prompt falls back to tokens."""
+    model, before = model_of(name), traces(model_of(name))
+    prefix, deep, soft = prefix_of(model), double(fnn.DeepPrompt(LAYERS, P, WIDTH)), double(fnn.SoftPrompt(P, WIDTH))
+    with pytest.raises(Inexact, match=r'bidirectional.*fallback="tokens"'):
+        fastprompt.attach(model, soft)
+    assert traces(model) == before
+    for side in (None, "right", "left") if name == "BertModel" else (None, "right"):
+        mask = padding(side)
+        full = torch.ones(B, P + T, dtype=torch.long) if mask is None else ahead(mask)
+        rows = [model(words(), attention_mask=full, past_key_values=cached(prefix())).last_hidden_state]
+        rows += [own(deep_by_tokens(model.encoder.layer, model.embeddings(words()), deep(), mask))] if side != "left" else [None]
+        rows += [concatenated(model, soft(), words(), mask)]
+        for prompt, want in zip((prefix, deep, soft), rows, strict=True):
+            if want is not None:
+                handle = fastprompt.attach(model, prompt, fallback="tokens")
+                agree(model(words(), attention_mask=mask).last_hidden_state, want, handle, mask)
+                assert ("tokens are in every sample, because" in repr(handle)) == (prompt is soft)
+                handle.detach()
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "DeiTModel", "CLIPVisionModel", "WhisperModel"])
+def test_deep_prompts_in_towers(name):
+    """VPT's loop; and the keys and values that it makes, as a prefix."""
+    model, deep = model_of(name), double(fnn.DeepPrompt(LAYERS, P, WIDTH, patch=4))
+    before, attend = traces(model), model
+    if name == "WhisperModel":
+        tower = attend = model.encoder
+        x, pictures = torch.randn(B, 4, 12, dtype=torch.float64), None
+        rows = nn.functional.gelu(tower.conv2(nn.functional.gelu(tower.conv1(x)))).permute(0, 2, 1)
+        want = tower.layer_norm(own(deep_by_tokens(tower.layers, rows + tower.embed_positions.weight, deep())))
+        pictures = x
+    elif name == "CLIPVisionModel":
+        pictures = images()
+        rows = model.pre_layrnorm(model.embeddings(pictures))
+        want = own(deep_by_tokens(model.encoder.layers, rows, deep()))
+    else:
+        pictures = images()
+        want = model.layernorm(own(deep_by_tokens(model.layers, model.embeddings(pictures), deep())))
+    with torch.no_grad():
+        prefix = prefix_of(attend)
+        prefix.prefix.copy_(torch.stack([torch.stack(pair) for pair in hoist_deep(attend, deep())]))
+    part = "encoder" if name == "WhisperModel" else None
+    handle = fastprompt.attach(model, deep, part=part)
+    agree(attend(pictures).last_hidden_state, want, handle)
+    handle.detach()
+    handle = fastprompt.attach(model, prefix, part=part)
+    torch.testing.assert_close(attend(pictures).last_hidden_state, want, rtol=1e-9, atol=1e-9)
+    handle.detach()
+    assert traces(model) == before
+
+
+def test_the_text_side_of_clip():
+    model, prompt = model_of("CLIPTextModel"), double(fnn.SoftPrompt(P, WIDTH))
+    for side in (None, "right"):
+        mask = padding(side)
+        rows = torch.cat([prompt().expand(B, -1, -1), model.embeddings.token_embedding(words())], 1)
+        rows = rows + model.embeddings.position_embedding.weight[: P + T]
+        seen = torch.ones(P + T, P + T, dtype=torch.bool).tril() & (
+            ahead(mask).bool()[:, None, None] if mask is not None else True
+        )
+        want = model.final_layer_norm(model.encoder(rows, seen.expand(B, 1, -1, -1)).last_hidden_state)[:, P:]
+        handle = fastprompt.attach(model, prompt)
+        agree(model(words(), attention_mask=mask).last_hidden_state, want, handle, mask)
+        handle.detach()
+    handle = fastprompt.attach(model, double(fnn.SoftPrompt(60, WIDTH)))
+    with pytest.raises(ValueError, match=r"prompt: expected at most the 64 positions of .*position_embedding, got 60 and the 7"):
+        model(words())
+    handle.detach()
+
+
+def test_packed_sequences_each_see_the_prompt():
+    model, prompt = model_of("LlamaForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
+    ids, places = words()[:1], torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    want = torch.cat([concatenated(model, prompt(), ids[:, :3]), concatenated(model, prompt(), ids[:, 3:])], 1)
+    handle = fastprompt.attach(model, prompt)
+    agree(model(ids, position_ids=places, use_cache=False).logits, want, handle)
+    handle.detach()
+    model, prompt = model_of("MistralForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
+    handle = fastprompt.attach(model, prompt)
+    with pytest.raises(Inexact, match="no packed sequences where attention has a window"):
+        model(ids, position_ids=places, use_cache=False)
+    handle.detach()
+
+
+# ---- Several prompts ----
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM"])
+def test_every_sample_its_own_prompt(name):
+    """Two lengths in a batch, and a sample without a prompt."""
+    model = model_of(name)
+    prompts = {"long": double(fnn.SoftPrompt(P, WIDTH)), "short": double(fnn.SoftPrompt(2, WIDTH))}
+    want = [
+        concatenated(model, prompts["short"](), words()[:1]),
+        model(words()[1:2]).logits,
+        concatenated(model, prompts["long"](), words()[2:]),
+    ]
+    handle = fastprompt.attach(model, prompts)
+    for choice in (["short", None, 0], torch.tensor([1, -1, 0])):
+        handle.use(choice)
+        agree(model(words()).logits, torch.cat(want), handle)
+    handle.use("short")
+    torch.testing.assert_close(model(words())[0][:1], want[0], rtol=1e-9, atol=1e-9)
+    handle.use(None)
+    torch.testing.assert_close(model(words())[0][1:2], want[1], rtol=1e-9, atol=1e-9)
+    handle.use([0, 1])
+    with pytest.raises(ValueError, match="use: expected one prompt for each of the 3 samples, got 2"):
+        model(words())
+    handle.detach()
+
+
+def test_mixed_prefixes_and_deep_prompts():
+    model = model_of("GPT2LMHeadModel")
+    prefixes = [prefix_of(model), prefix_of(model, length=3, prompts=2)]
+    torch.manual_seed(5)
+    prefixes[1].prefix.data.normal_()
+    handle = fastprompt.attach(model, prefixes, use=[0, 2, 1])
+    mixed = model(words()).logits
+    for sample, number in enumerate([0, 2, 1]):
+        handle.use(number)
+        torch.testing.assert_close(model(words()[sample : sample + 1])[0], mixed[sample : sample + 1], rtol=1e-9, atol=1e-9)
+    handle.detach()
+    vit = model_of("ViTModel")
+    deep = [double(fnn.DeepPrompt(LAYERS, length, WIDTH)) for length in (P, 2)]
+    handle = fastprompt.attach(vit, deep, use=[1, 0, 1])
+    mixed = vit(images()).last_hidden_state
+    for sample, number in enumerate([1, 0, 1]):
+        handle.use(number)
+        torch.testing.assert_close(vit(images()[sample : sample + 1])[0], mixed[sample : sample + 1], rtol=1e-9, atol=1e-9)
+    handle.detach()
+
+
+# ---- Generation ----
+
+
+HOW = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.7},
+    "beams": {"do_sample": False, "num_beams": 2},
+}
+
+
+GENERATION = list(itertools.product(("LlamaForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel"), HOW, ("dynamic", "static")))
+QUICK = [GENERATION[place] for place in (0, 8, 11, 15)]
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "cache"), QUICK + [pytest.param(*each, marks=pytest.mark.slow) for each in GENERATION if each not in QUICK]
+)
+def test_generation(name, how, cache):
+    """As from embeddings with the prompt in front: left-padded, through the end of every window."""
+    model, prompt, mask = model_of(name), double(fnn.SoftPrompt(P, WIDTH)), padding("left")
+    settings = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None, "cache_implementation": cache, **HOW[how]}
+    rows = torch.cat([prompt().expand(B, -1, -1), model.get_input_embeddings()(words())], 1)
+    torch.manual_seed(6)
+    want = model.generate(inputs_embeds=rows, attention_mask=ahead(mask), **settings)
+    handle = fastprompt.attach(model, prompt)
+    torch.manual_seed(6)
+    got = model.generate(words(), attention_mask=mask, **settings)
+    assert torch.equal(got[:, T:], want)
+    handle.use([0, None, 0])
+    torch.manual_seed(6)
+    mixed = model.generate(words(), attention_mask=mask, **settings)
+    handle.detach()
+    assert torch.equal(mixed[[0, 2], T:], want[[0, 2]]) or how == "sampling"
+    if how == "greedy":
+        assert torch.equal(mixed[1], model.generate(words()[1:2], attention_mask=mask[1:2], **settings)[0])
+    model._cache = None
+
+
+# ---- What wraps a model ----
+
+
+def test_gradient_checkpointing_with_two_passes_before_a_backward():
+    model = copy.deepcopy(model_of("LlamaForCausalLM"))
+    prompts = [double(fnn.SoftPrompt(P, WIDTH)), double(fnn.SoftPrompt(2, WIDTH))]
+    want = concatenated(model, prompts[0](), words()) + concatenated(model, prompts[1](), words())
+    before = traces(model)
+    handle = fastprompt.attach(model, prompts)
+    model.activation_checkpointing_enable()
+    model.train()
+    first = model(words()).logits
+    handle.use(1)
+    agree(first + model(words()).logits, want, handle)
+    model.activation_checkpointing_disable()
+    handle.detach()
+    assert traces(model)[0] == before[0]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(autocast):
+    """No further from float64 than twice the same prompt as tokens."""
+    exact, prompt = model_of("LlamaForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
+    want = concatenated(exact, prompt(), words())
+    model = copy.deepcopy(exact).to(torch.float32 if autocast else torch.bfloat16)
+    single = copy.deepcopy(prompt).float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rival = concatenated(model, single().to(model.dtype), words())
+        handle = fastprompt.attach(model, single)
+        got = model(words()).logits
+    assert got.dtype == rival.dtype
+    assert (got - want).abs().max() <= 2 * (rival - want).abs().max()
+    got.float().square().sum().backward()
+    assert single.prompt.grad.dtype == torch.float32
+    assert single.prompt.grad.abs().max() > 0
+    handle.detach()
+
+
+@pytest.mark.parametrize("kind", ["soft", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("deep", "prefix"))])
+def test_compiled_in_one_graph(kind):
+    model = copy.deepcopy(model_of("ViTModel" if kind == "deep" else "LlamaForCausalLM"))
+    prompt = prefix_of(model) if kind == "prefix" else double(fnn.SoftPrompt(P, WIDTH))
+    prompt = double(fnn.DeepPrompt(LAYERS, P, WIDTH)) if kind == "deep" else prompt
+    handle = fastprompt.attach(model, prompt)
+    given = (images(),) if kind == "deep" else (words(),)
+    options = {} if kind == "deep" else {"use_cache": False}
+    want = model(*given, **options)[0]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    agree(compiled(*given, **options)[0], want, handle)
+    handle.detach()
+
+
+def test_ddp(tmp_path):
+    """A module that holds model and prompts; gradients are those without it."""
+    model, prompt = model_of("LlamaForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
+    handle = fastprompt.attach(model, prompt)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.prompt = model, prompt
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids).logits
+
+    want = torch.autograd.grad(model(words()).logits.square().sum(), prompt.prompt)[0]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(Both())
+        parallel(words()).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(prompt.prompt.grad, want, rtol=1e-9, atol=1e-9)
+    handle.detach()
+
+
+# ---- The handle ----
+
+
+def test_what_a_handle_says_and_does():
+    model = copy.deepcopy(model_of("MistralForCausalLM"))
+    model.train().requires_grad_(True)
+    before, bare = traces(model), model(words()).logits
+    prompt = double(fnn.SoftPrompt(P, WIDTH))
+    handle = fastprompt.attach(model, {"tone": prompt})
+    assert list(handle.parameters()) == [prompt.prompt]
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(part.training for part in model.modules())
+    assert repr(handle).splitlines() == [
+        "MistralForCausalLM with tone: SoftPrompt(length=5, width=32, trainable=160)",
+        "  layers: 3 MistralDecoderLayer",
+        "  path: the attention and mask interfaces of transformers, fastprompt.functional.prefix_attention",
+        "  hoisted: the prompt's keys and values, made once a call for the batch",
+        "  not fused: layers [0, 1, 2] see 6 tokens back; behind that, a prompt is copied and masked",
+        "  in use: 0",
+    ]
+    prompted = model(words()).logits
+    with handle.disabled() as same:
+        assert same is model
+        assert torch.equal(model(words()).logits, bare)
+    assert torch.equal(model(words()).logits, prompted)
+    assert (prompted - bare).abs().max() > 0.1
+    with pytest.raises(
+        ValueError, match=r"call detach\(\) on its handle first, or attach a list of prompts, got one with SoftPrompt"
+    ):
+        fastprompt.attach(model, prompt)
+    assert torch.equal(model(words()).logits, prompted)
+    handle.detach()
+    assert traces(model) == before
+    assert torch.equal(model(words()).logits, bare)
+    kept = fastprompt.attach(model, prompt, freeze=False)
+    assert traces(model)[3] == before[3]
+    kept.detach()
+
+
+def test_a_failing_call_leaves_nothing():
+    model = model_of("LlamaForCausalLM")
+    before = traces(model)
+    handle = fastprompt.attach(model, double(fnn.SoftPrompt(P, WIDTH)))
+    want = model(words()).logits
+    with pytest.raises(IndexError):
+        model(torch.full((B, T), VOCABULARY + 5))
+    assert torch.equal(model(words()).logits, want)
+    with pytest.raises(RuntimeError), handle.disabled():
+        raise RuntimeError
+    assert torch.equal(model(words()).logits, want)
+    handle.detach()
+    assert traces(model) == before
+
+
+def test_what_is_refused():
+    soft, deep = double(fnn.SoftPrompt(P, WIDTH)), double(fnn.DeepPrompt(LAYERS, P, WIDTH))
+    llama, vit = model_of("LlamaForCausalLM"), model_of("ViTModel")
+    before = traces(llama)
+    for wrong, prompt, message in (
+        (model_of("T5Model"), soft, "T5Model: cross attention"),
+        (llama, fnn.SoftPrompt(P, 16), "prompt 0: expected width=32 for LlamaForCausalLM, got 16"),
+        (llama, fnn.PrefixKV(2, 2, P, 8), "prompt 0: expected layers=3 for LlamaForCausalLM, got 2"),
+        (llama, fnn.PrefixKV(LAYERS, HEADS, P, 8), "prompt 0: expected kv_heads=2 for LlamaForCausalLM, got 4"),
+        (llama, [soft, deep], "prompt: expected prompts of one kind, got DeepPrompt and SoftPrompt"),
+        (llama, deep, "LlamaDecoderLayer: needs more than its input"),
+        (vit, double(fnn.DeepPrompt(LAYERS, P, WIDTH, which=[0])), "block 1 has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastprompt.attach(wrong, prompt)
+    with pytest.raises(TypeError, match="prompt: expected PrefixKV, DeepPrompt or SoftPrompt, got LabelMap"):
+        fastprompt.attach(llama, fnn.LabelMap(10, 2))
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+        fastprompt.attach("llama", soft)
+    with pytest.raises(ValueError, match="blocks: expected None"):
+        fastprompt.attach(llama, soft, blocks="layers")
+    with pytest.raises(ValueError, match="fallback: expected None"):
+        fastprompt.attach(llama, soft, fallback="yes")
+    with pytest.raises(ValueError, match="use: expected one of a, b, got 'c'"):
+        fastprompt.attach(llama, {"a": soft, "b": soft}, use="c")
+    with pytest.raises(ValueError, match="use: expected a number from 0 to 0, got 3"):
+        fastprompt.attach(llama, soft, use=3)
+    handle = fastprompt.attach(vit, double(fnn.DeepPrompt(LAYERS, P, WIDTH)))
+    vit.train()
+    vit.layers[0].mlp.dropout_p = 0.1
+    with pytest.raises(Inexact, match=r"dropout.*eval mode"):
+        vit(images())
+    del vit.layers[0].mlp.dropout_p
+    handle.detach()
+    assert traces(llama) == before

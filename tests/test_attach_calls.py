@@ -1,0 +1,295 @@
+"""Prompts attached at a model's calls of PyTorch's attention: VPT's loop by hand, in float64 to 1e-9.
+
+timm, torchvision and open_clip run where they can be imported, for instance after
+`pip install --no-deps --target DIR timm open_clip_torch torchvision huggingface_hub ftfy regex wcwidth`, by PYTHONPATH=DIR and
+this file alone: transformers too would import that torchvision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastprompt
+from fastprompt import nn as fnn
+from fastprompt.hoist import Inexact
+
+B, T, P, WIDTH, HEADS, LAYERS = 3, 6, 5, 32, 4, 3
+
+
+class Block(nn.Module):
+    """Somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH))
+        self.mask: Tensor | None = None
+        self.causal = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+class Tower(nn.Module):
+    def __init__(self, make, batch_first: bool = True) -> None:
+        super().__init__()
+        self.blocks, self.norm = nn.ModuleList(make() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
+        self.batch_first, self.checkpointed = batch_first, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return self.norm(x if self.batch_first else x.transpose(0, 1))
+
+
+def encoder_layer(batch_first: bool = True, norm_first: bool = True) -> nn.Module:
+    return nn.TransformerEncoderLayer(WIDTH, HEADS, 48, 0.0, batch_first=batch_first, norm_first=norm_first)
+
+
+class Library:
+    """The three libraries; the schemas of torchvision's operators are declared, because its binary may not load."""
+
+    @staticmethod
+    @functools.cache
+    def load():
+        kept = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            with contextlib.suppress(RuntimeError):  # its binary did load
+                kept.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        timm, torchvision, open_clip = (pytest.importorskip(n, reason="needs timm") for n in ("timm", "torchvision", "open_clip"))
+        return timm, torchvision, open_clip, kept
+
+    @staticmethod
+    def timm():
+        kind = Library.load()[0].models.vision_transformer.VisionTransformer
+        return kind(img_size=8, patch_size=4, embed_dim=WIDTH, depth=LAYERS, num_heads=HEADS, num_classes=5)
+
+    @staticmethod
+    def torchvision():
+        return Library.load()[1].models.VisionTransformer(8, 4, LAYERS, HEADS, WIDTH, 48, num_classes=5)
+
+    @staticmethod
+    def open_clip():
+        return Library.load()[2].model.CLIP(
+            16,
+            {"image_size": 8, "layers": LAYERS, "width": WIDTH, "head_width": 8, "patch_size": 4},
+            {"context_length": 8, "vocab_size": 61, "width": WIDTH, "heads": HEADS, "layers": LAYERS},
+        )
+
+
+OWN = {
+    "calls": lambda: Tower(Block),
+    "multi-head": lambda: Tower(encoder_layer),
+    "multi-head, tokens first": lambda: Tower(lambda: encoder_layer(False, False), False),
+}
+LIBRARIES = {"timm": Library.timm, "torchvision": Library.torchvision, "open_clip": Library.open_clip}
+
+
+@functools.cache
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = (OWN | LIBRARIES)[name]().double().eval().requires_grad_(False)
+    for place, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.25)
+        elif place.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def deep(length: int = P, seed: int = 2, **options) -> fnn.DeepPrompt:
+    prompt = fnn.DeepPrompt(LAYERS, length, WIDTH, **options).double()
+    prompt.prompt.data.normal_(generator=torch.Generator().manual_seed(seed))
+    return prompt
+
+
+def rows() -> Tensor:
+    return torch.randn(B, T, WIDTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def images() -> Tensor:
+    return torch.randn(B, 3, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def loop(blocks, x: Tensor, prompts) -> Tensor:
+    """VPT-deep as published, on [B, T, width]: [CLS, a layer's prompt, the other rows]."""
+    length = 0
+    for block, prompt in zip(blocks, prompts, strict=True):
+        x = block(torch.cat([x[:, :1], prompt.expand(len(x), -1, -1), x[:, 1 + length :]], 1))
+        length = prompt.shape[1]
+    return torch.cat([x[:, :1], x[:, 1 + length :]], 1)
+
+
+def agree(got: Tensor, want: Tensor, prompt) -> None:
+    g = torch.randn(want.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    trained = list(prompt.parameters())
+    mine, theirs = (torch.autograd.grad(out, trained, g) for out in (got, want))
+    for one, other in zip(mine, theirs, strict=True):
+        assert other.abs().max() > 1e-3, "a gradient that says nothing"
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def traces(model: nn.Module) -> list:
+    return [
+        (sorted(vars(part)), len(part._forward_hooks), part.training, dict(vars(part)).get("forward")) for part in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_deep_prompts_at_the_calls(name):
+    """Also where PyTorch's fast path for inference would pass the attention by; and the same as a prefix."""
+    model, prompt = model_of(name), deep()
+    before, bare = traces(model), model(rows())
+    if model.batch_first:
+        want = model.norm(loop(model.blocks, rows(), prompt()))
+    else:
+        want = model.norm(loop([lambda x, b=b: b(x.transpose(0, 1)).transpose(0, 1) for b in model.blocks], rows(), prompt()))
+    handle = fastprompt.attach(model, prompt)
+    assert "path: calls of PyTorch's attention in blocks" in repr(handle)
+    agree(model(rows()), want, handle)
+    with torch.no_grad():
+        torch.testing.assert_close(model(rows()), want, rtol=1e-9, atol=1e-9)
+        pairs = handle._path.deep(prompt())
+    with handle.disabled():
+        assert torch.equal(model(rows()), bare)
+    handle.detach()
+    assert traces(model) == before
+    assert torch.equal(model(rows()), bare)
+    prefix = fnn.PrefixKV(LAYERS, HEADS, P, WIDTH // HEADS, init=pairs).double()
+    prefix.prefix.data = torch.stack([torch.stack(pair) for pair in pairs])
+    handle = fastprompt.attach(model, prefix)
+    torch.testing.assert_close(model(rows()), want, rtol=1e-9, atol=1e-9)
+    model(rows()).pow(3).sum().backward()
+    assert prefix.prefix.grad.abs().max() > 1e-3
+    handle.detach()
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_sample_its_own_prompt_at_the_calls(name):
+    model, prompts = model_of(name), [deep(), deep(2, 5)]
+    handle = fastprompt.attach(model, prompts, use=[1, None, 0])
+    mixed = model(rows())
+    for sample, number in enumerate([1, None, 0]):
+        handle.use(number)
+        torch.testing.assert_close(model(rows()[sample : sample + 1]), mixed[sample : sample + 1], rtol=1e-9, atol=1e-9)
+    handle.detach()
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_vision_transformers_of_libraries(name):
+    model, prompt = model_of(name), deep(patch=4)
+    before, part = traces(model), None
+    if name == "timm":
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images()))))
+        want, run = model.forward_head(model.norm(loop(model.blocks, x, prompt()))), model
+    elif name == "torchvision":
+        x = model._process_input(images())
+        x = torch.cat([model.class_token.expand(B, -1, -1), x], 1) + model.encoder.pos_embedding
+        want, run = model.heads(model.encoder.ln(loop(model.encoder.layers, x, prompt()))[:, 0]), model
+    else:
+        tower, part, run = model.visual, "visual", functools.partial(model.encode_image, normalize=False)
+        x = tower._embeds(images())
+        want = tower.ln_post(loop(tower.transformer.resblocks, x, prompt()))[:, 0] @ tower.proj
+        with pytest.raises(ValueError, match="blocks: expected the name of the list of the 3 blocks, got 2 lists"):
+            fastprompt.attach(model, prompt)
+    bare = run(images())
+    handle = fastprompt.attach(model, prompt, part=part)
+    agree(run(images()), want, handle)
+    with torch.no_grad():
+        torch.testing.assert_close(run(images()), want, rtol=1e-9, atol=1e-9)
+    handle.detach()
+    assert torch.equal(run(images()), bare)
+    assert traces(model) == before
+    assert (bare - want).abs().max() > 1e-3
+
+
+def test_timm_without_its_fused_attention():
+    model = Library.timm().double()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    with pytest.raises(Inexact, match=r"Block: 0 calls of scaled_dot_product_attention.*set_fused_attn"):
+        fastprompt.attach(model, deep())
+
+
+def test_masks_at_the_calls():
+    """Which keys are seen, by sample or by query; and causal blocks."""
+    model, prompt = Tower(Block).double(), deep()
+    handle = fastprompt.attach(model, prompt)
+    masks = (torch.rand(B, 1, 1, T) < 0.7, torch.rand(T, T) < 0.7, None)
+    for mask in masks:
+        seen = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
+        for block in model.blocks:
+            block.mask, block.causal = mask, mask is None
+        got = model(rows())
+        whole = torch.cat([torch.ones((*seen.shape[:-1], P), dtype=torch.bool), seen], -1)  # prompts first
+        whole = whole.expand(*whole.shape[:-2], T, P + T)
+        want = rows()
+        with handle.disabled():
+            for block, tokens in zip(model.blocks, prompt(), strict=True):
+                full = torch.cat([torch.ones((*whole.shape[:-2], P, P + T), dtype=torch.bool), whole], -2)
+                block.mask, block.causal = full, False
+                want = block(torch.cat([tokens.expand(B, -1, -1), want], 1))[:, P:]
+        agree(got, model.norm(want), handle)
+    handle.detach()
+
+
+def test_threads_do_not_see_each_other():
+    models, prompts = [Tower(Block).double().eval() for _ in range(2)], [deep(), deep(3, 7)]
+    handles = [fastprompt.attach(model, prompt) for model, prompt in zip(models, prompts, strict=True)]
+    alone = [model(rows()) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        together = [run.result() for run in [pool.submit(model, rows()) for model in models * 4]]
+    for place, out in enumerate(together):
+        assert torch.equal(out, alone[place % 2])
+    for handle in handles:
+        handle.detach()
+
+
+def test_what_the_calls_refuse():
+    model, prompt = Tower(Block).double(), deep()
+    before = traces(model)
+    for wrong, given, options, message in (
+        (model, fnn.SoftPrompt(P, WIDTH), {}, "Tower: not a model of transformers, whose embeddings"),
+        (model, fnn.DeepPrompt(2, P, WIDTH), {}, "blocks: expected the name of the list of the 2 blocks, got 0 lists: none"),
+        (model, fnn.DeepPrompt(2, P, WIDTH), {"blocks": "blocks"}, "prompt.layers: expected the 3 blocks of blocks, got 2"),
+        (model, fnn.DeepPrompt(LAYERS, P, 16), {}, "prompt 0: expected width=32 for Tower, got 16"),
+        (model, deep(which=[0]), {"fallback": "tokens"}, "fallback: tokens in every sample need a model of transformers"),
+        (nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]).double(), prompt, {}, "Linear: 0 calls of scaled"),
+        (Tower(lambda: nn.TransformerDecoderLayer(WIDTH, HEADS)).double(), prompt, {}, "needs more than its input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastprompt.attach(wrong, given, **options)
+        assert not any("forward" in vars(part) for part in wrong.modules())
+    handle = fastprompt.attach(model, prompt)
+    with pytest.raises(ValueError, match=r"call detach\(\) on its handle first"):
+        fastprompt.attach(model, prompt)
+    model.blocks[1].mask = torch.zeros(T, T, dtype=torch.float64)
+    with pytest.raises(Inexact, match=r"a torch\.float64 bias on its scores"):
+        model(rows())
+    model.blocks[1].mask = None
+    with pytest.raises(RuntimeError):
+        model(rows()[..., :16])
+    model.checkpointed = True
+    with pytest.raises(Inexact, match="run again by backward"):
+        model(rows()).sum().backward()
+    handle.detach()
+    assert traces(model) == before
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, 0.3)
+    dropping = Tower(lambda: layer.__class__(WIDTH, HEADS, 48, 0.3)).double().train()
+    with pytest.raises(Inexact, match=r"dropout.*eval mode"):
+        fastprompt.attach(dropping, deep(), freeze=False)
+    fastprompt.attach(dropping, deep()).detach()
+    assert dropping.training
