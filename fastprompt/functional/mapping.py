@@ -293,8 +293,7 @@ def fold(
     """
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise bad("weight", "a floating point [S, d]", _what(weight))
-    reduce = _check_reduce(labels, reduce, "logits", None)
-    if isinstance(labels, Segments) and reduce not in _LINEAR:
+    if isinstance(labels, Segments) and (reduce or "mean") not in _LINEAR:
         raise bad("reduce", "one of " + ", ".join(_LINEAR) + ", which are linear in the logits", repr(reduce))
     _check_bias(weight, bias)
     return (
