@@ -592,10 +592,10 @@ def test_layouts_of_scores_and_gradients_of_segments():
 
 
 def test_the_reference_of_segments_passes_gradcheck():
-    x = rand(3, 23, dtype=torch.float64).requires_grad_()
+    x = rand(2, 23, dtype=torch.float64).requires_grad_()
     weights = torch.rand(11, dtype=torch.float64, requires_grad=True)
-    matrix, y = MAPS["matrix"].double().requires_grad_(), torch.tensor([0, 3, 1])
-    for option in options("shared"):
+    matrix, y = MAPS["matrix"].double().requires_grad_(), torch.tensor([0, 3])
+    for option in options("shared"):  # every reduction
         assert torch.autograd.gradcheck(lambda x, o=option: map_labels(x, MAPS["shared"], **o), x)
 
     def learned(x, weights, matrix, of):
@@ -628,10 +628,10 @@ def test_maps_are_found_again_and_a_changed_one_is_not():
     check_bits(map_labels(x, seg, reduce="max"), before)
     seg.members.copy_(torch.tensor([5, 6, 7, 8]))
     check_bits(map_labels(x, seg, reduce="max"), torch.stack([x[:, 5:7].amax(1), x[:, 7:].amax(1)], 1))
+    other = segments([[3], [4], [8]], 9)
     with torch.inference_mode():
-        map_labels(x, MAPS["single"])
-    x.requires_grad_()
-    map_labels(x.repeat(1, 3)[:, :23], MAPS["single"]).sum().backward()
+        map_labels(x, other)
+    map_labels(x.requires_grad_(), other).sum().backward()
 
 
 @needs_triton

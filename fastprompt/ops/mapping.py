@@ -583,10 +583,10 @@ def _backward_cpu(
         out = out.masked_fill(out == -torch.inf, 0)[..., None]
         each = (x - out).exp_().mul_(g[..., None])
     if map_id is None and plan.entry is not None:
-        return F.pad(each.reshape(batch, -1), (0, 1)).index_select(1, plan.entry).to(dtype)
+        return F.pad(each.reshape(batch, classes * longest), (0, 1)).index_select(1, plan.entry).to(dtype)
     if plan.filled is not None:
         each = each.masked_fill(plan.filled if map_id is None else plan.filled[map_id], 0)
-    d, each = g.new_zeros(batch, seg.num_source), each.reshape(batch, -1)
+    d, each = g.new_zeros(batch, seg.num_source), each.reshape(batch, classes * longest)
     return (d.index_add_(1, plan.table, each) if map_id is None else d.scatter_add_(1, plan.table[map_id], each)).to(dtype)
 
 
