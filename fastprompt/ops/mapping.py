@@ -433,6 +433,9 @@ def _spoiled(scores: Tensor) -> Tensor:
     return top - top
 
 
+_FEW = 1 << 17  # entries of all samples up to which PyTorch's own graph costs less than a Python function's call
+
+
 def _map_segments_cpu(
     scores: Tensor, seg: Segments, reduce: str, map_id: Tensor | None, k: int | None, prior: Tensor | None,
     logarithms: bool, relative: bool, loss: Loss | None,
@@ -442,8 +445,13 @@ def _map_segments_cpu(
         out = _plain(scores.float(), seg, reduce, map_id, k, prior, logarithms)
         return out if loss is None else _cross_entropy_cpu(out + _spoiled(scores) if relative else out, loss)
     given = (scores, seg, map_id, prior, reduce, k, logarithms, relative)
-    if not (scores.requires_grad and torch.is_grad_enabled()):
-        out, _ = _forward_cpu(*given)
+    graph = scores.requires_grad and torch.is_grad_enabled()
+    entries = len(scores) * seg.num_classes * seg.longest
+    exponential = reduce == "logsumexp" or (logarithms and reduce != "max")
+    # Where classes read few of the sources, PyTorch's zeros and additions beat a gather of every source's class.
+    sparse = reduce != "max" and (map_id is not None or 2 * len(seg.members) < seg.num_source)
+    if not graph or reduce == "top-k mean" or (not exponential and (entries < _FEW or sparse)):
+        out, _ = _forward_cpu(*given, graph)
         return out if loss is None else _cross_entropy_cpu(out, loss)
     if loss is None or not loss.renormalize or loss.focal or loss.label_smoothing:
         out = MapSegments.apply(*given, None)
@@ -451,31 +459,44 @@ def _map_segments_cpu(
     return MapSegments.apply(*given, loss)
 
 
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept from an evaluation is used in training
+def _column(longest: int, value: float) -> Tensor:
+    return torch.full((longest,), value)
+
+
 def _forward_cpu(
     scores: Tensor, seg: Segments, map_id: Tensor | None, prior: Tensor | None, reduce: str, k: int | None,
-    logarithms: bool, relative: bool,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
-    """The mapped scores [B, T] in float32, and what the backward needs. `relative`: up to a constant for every row."""
+    logarithms: bool, relative: bool, graph: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """The mapped scores [B, T] in float32, and what `_backward_cpu` needs.
+
+    `relative`: up to a constant for every row. `graph`: PyTorch differentiates it, unless it is exponential.
+    """
     linear = not logarithms and reduce in ("mean", "sum", "weighted")
-    shape = (len(scores), seg.num_classes, seg.longest)
-    if linear and map_id is None and prior is None and reduce != "weighted" and len(seg.members) == shape[1] * shape[2]:
-        x = scores.index_select(1, seg.members).float().view(shape)
-        return (x.mean(-1) if reduce == "mean" else x.sum(-1)), ()
+    batch, classes, longest = len(scores), seg.num_classes, seg.longest
+    if linear and map_id is None and prior is None and reduce != "weighted" and len(seg.members) == classes * longest:
+        x = scores.index_select(1, seg.members).float()
+        if torch.is_autocast_enabled("cpu"):
+            x = x.view(batch, classes, longest)
+            return (x.mean(-1) if reduce == "mean" else x.sum(-1)), ()
+        column = _column(longest, 1 / longest if reduce == "mean" else 1.0)
+        return torch.mv(x.view(batch * classes, longest), column).view(batch, classes), ()
     plan = plan_of(seg)
-    ragged = linear and plan.filled is not None and map_id is None
+    ragged = linear and plan.filled is not None and map_id is None and not graph
     read = seg.members if ragged else plan.table if map_id is None else plan.table[map_id]
     x = (scores.index_select(1, read) if map_id is None else scores.gather(1, read)).float()
     if prior is not None:
         x = x - prior[read]
     if relative:
-        x = x - (x.amax(1, keepdim=True) + _spoiled(scores))
+        x = x - (x.detach().amax(1, keepdim=True) + _spoiled(scores))
     if ragged:
         if reduce == "weighted":
             assert seg.weights is not None
             x = x * seg.weights.float()
         out = torch.from_numpy(np.add.reduceat(x.numpy(), seg.starts[:-1].numpy(), axis=1))
         return (out.div_(plan.size) if reduce == "mean" else out), ()
-    x = x.view(shape)
+    x = x.view(batch, classes, longest)
     size = plan.size if map_id is None else plan.size[map_id]
     filled = plan.filled if plan.filled is None or map_id is None else plan.filled[map_id]
     weights = _table_weights(seg, plan, map_id) if reduce == "weighted" else None
@@ -490,29 +511,26 @@ def _forward_cpu(
     if reduce == "max":  # a class is filled up with its first source, which never beats itself
         out, at = x.max(-1)
         return out, (at,)
-    if reduce == "top-k mean":
-        assert k is not None
-        x, at = _largest(x, filled, k)
-        if not logarithms:
-            return x.mean(-1), (at,)
-        out = x.logsumexp(-1)
-        return out - math.log(k), (at, x, out)
     if filled is not None:
         x = x.masked_fill(filled, -torch.inf)
+    if reduce == "top-k mean":
+        assert k is not None
+        x = _largest(x, k, graph)
+        return (reference.log_sum_exp(x) - math.log(k) if logarithms else x.mean(-1)), ()
     if weights is not None:
         x = x + weights.log()
     out = x.logsumexp(-1)
-    return (out - size.log() if reduce == "mean" else out), (None, x, out)
+    return (out - size.log() if reduce == "mean" else out), (x, out)
 
 
-def _largest(x: Tensor, filled: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest along the last axis and their places, the first of equals: what torch.topk leaves open."""
-    if filled is not None:
-        x = x.masked_fill(filled, -torch.inf)
-    values, at = x.topk(k + 1, -1)
+def _largest(x: Tensor, k: int, graph: bool) -> Tensor:
+    """The k largest along the last axis; the first of equals have the gradient, which torch.topk leaves open."""
+    if not graph:
+        return x.topk(k, -1).values
+    values = x.topk(k + 1, -1).values
     if bool((values[..., k - 1] == values[..., k]).any()):
-        values, at = x.sort(dim=-1, descending=True, stable=True)
-    return values[..., :k], at[..., :k]
+        values = x.sort(dim=-1, descending=True, stable=True).values
+    return values[..., :k]
 
 
 def _table_weights(seg: Segments, plan: Plan, map_id: Tensor | None) -> Tensor:
@@ -527,8 +545,7 @@ def _table_weights(seg: Segments, plan: Plan, map_id: Tensor | None) -> Tensor:
 
 
 def _backward_cpu(
-    g: Tensor, seg: Segments, map_id: Tensor | None, saved: tuple[Tensor | None, ...], dtype: torch.dtype, reduce: str,
-    k: int | None,
+    g: Tensor, seg: Segments, map_id: Tensor | None, saved: tuple[Tensor, ...], dtype: torch.dtype, reduce: str
 ) -> Tensor:  # fmt: skip
     """d scores [B, S] in their dtype, summed in float32."""
     plan = plan_of(seg)
@@ -557,28 +574,19 @@ def _backward_cpu(
         if weighted:
             each = each * _table_weights(seg, plan, map_id)
     else:
-        at, *exponents = saved
-        each = g[..., None]
-        if exponents:
-            x, out = exponents
-            assert x is not None
-            assert out is not None
-            out = out.masked_fill(out == -torch.inf, 0)[..., None]
-            each = (x - out).exp_().mul_(each)
-        elif reduce == "top-k mean":
-            assert k is not None
-            each = (each / k).expand(batch, classes, k)
-        if at is not None:
-            at = at.view(batch, classes, -1)
-            place = at + torch.arange(0, classes * longest, longest)[:, None]
-            read = plan.table[place] if map_id is None else plan.table[map_id].gather(1, place.view(batch, -1))
-            d = g.new_zeros(batch, seg.num_source)
-            return d.scatter_add_(1, read.view(batch, -1), each.reshape(batch, -1)).to(dtype)
+        if reduce == "max":
+            (at,) = saved
+            place = at + torch.arange(0, classes * longest, longest)
+            read = plan.table[place] if map_id is None else plan.table[map_id].gather(1, place)
+            return g.new_zeros(batch, seg.num_source).scatter_add_(1, read, g).to(dtype)
+        x, out = saved
+        out = out.masked_fill(out == -torch.inf, 0)[..., None]
+        each = (x - out).exp_().mul_(g[..., None])
     if map_id is None and plan.entry is not None:
-        return F.pad(each.reshape(batch, -1), (0, 1)).index_select(1, plan.entry).to(dtype)
+        return F.pad(each.reshape(batch, classes * longest), (0, 1)).index_select(1, plan.entry).to(dtype)
     if plan.filled is not None:
         each = each.masked_fill(plan.filled if map_id is None else plan.filled[map_id], 0)
-    d, each = g.new_zeros(batch, seg.num_source), each.reshape(batch, -1)
+    d, each = g.new_zeros(batch, seg.num_source), each.reshape(batch, classes * longest)
     return (d.index_add_(1, plan.table, each) if map_id is None else d.scatter_add_(1, plan.table[map_id], each)).to(dtype)
 
 
@@ -595,8 +603,8 @@ class MapSegments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, seg, map_id, prior, reduce, k, logarithms, relative, loss):  # type: ignore[no-untyped-def]
-        out, saved = _forward_cpu(scores, seg, map_id, prior, reduce, k, logarithms, relative)
-        ctx.given = seg, scores.dtype, reduce, k
+        out, saved = _forward_cpu(scores, seg, map_id, prior, reduce, k, logarithms, relative, False)
+        ctx.given = seg, scores.dtype, reduce
         ctx.loss = None
         if loss is not None:
             log_p = out.log_softmax(1)
@@ -624,9 +632,7 @@ def _cross_entropy_cpu(mapped: Tensor, loss: Loss) -> Tensor:
     """The loss of the mapped scores; PyTorch's own where it has it."""
     if loss.renormalize and not loss.focal:
         weight = loss.weight if loss.weight is None else loss.weight.to(mapped.dtype)
-        return aten.cross_entropy_loss(
-            mapped, loss.target, weight, _REDUCTIONS[loss.reduction], loss.ignore_index, loss.label_smoothing
-        )
+        return F.cross_entropy(mapped, loss.target, weight, None, loss.ignore_index, None, loss.reduction, loss.label_smoothing)
     target, weight, smoothing, ignored, focal, reduction, renormalize = loss
     losses, weights = reference.cross_entropies(
         mapped, target, weight=weight, label_smoothing=smoothing, ignore_index=ignored, focal=focal, renormalize=renormalize
