@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import io
+import itertools
 import json
 import mmap
 import pickle
@@ -18,9 +19,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastprompt import _runtime
-from fastprompt.functional import count_labels_, map_labels, match_labels
+from fastprompt.functional import (
+    COUNT_UNIT,
+    Segments,
+    bayesian_matrix,
+    count_labels_,
+    map_labels,
+    mapped_cross_entropy,
+    match_labels,
+    segments,
+    stack_maps,
+)
 from fastprompt.nn import LabelMap
 from fastprompt.ops import mapping as ops
 from fastprompt.reference import mapping as reference
@@ -281,9 +293,9 @@ def test_counts_do_not_depend_on_layout_order_or_batches(impl, device):
 @pytest.mark.parametrize("wrong", [-1, 3, 2**31, -(2**63), 2**63 - 1])
 def test_the_kernel_drops_a_target_out_of_range(wrong, device):
     logits, target = rand(5, 6).to(device), torch.tensor([0, wrong, 2, 1, wrong], device=device)
-    for count in (ops._count_triton, lambda *given: reference.count_labels_(*given[:3])):
+    for count in (ops._count_triton, lambda *given: reference.count_labels_(*given[:4])):
         counts = torch.zeros(6, 3, dtype=torch.int64, device=device)
-        count(counts, logits, target, "triton")
+        count(counts, logits, target, None, "triton")
         check_bits(counts, counts_of(logits, target, 3).to(device))
 
 
@@ -358,6 +370,358 @@ def test_matching_hard_matrices(kind, device):
     assert torch.equal(before[0], memory(counts)[0])
 
 
+# ---- Segments, matrices, several maps ----
+
+LISTS = [[3, 1], [0], [7, 8, 9, 22], [5, 6, 1]]
+WEIGHTS = [[0.3, 0.1], [2.0], [0.0, 0.1, 0.2, 0.3], [1.0, 1.0, 0.5]]
+REDUCTIONS = ("mean", "sum", "max", "first", "logsumexp", "weighted", "top-k mean")
+MAPS = {
+    "uniform": segments(injective(23, 12).view(4, 3), 23, weights=torch.rand(4, 3)),
+    "ragged": segments([*LISTS[:3], [5, 6]], 23, weights=[*WEIGHTS[:3], [1.0, 1.0]]),
+    "shared": segments(LISTS, 23, weights=WEIGHTS),
+    "hub": segments([[3, t + 4] for t in range(6)], 23, weights=torch.rand(12)),
+    "single": segments([[3], [4], [9]], 23, weights=torch.rand(3)),
+    "index": torch.tensor([3, 22, 3, 0]),
+    "matrix": torch.rand(23, 4, generator=torch.Generator().manual_seed(2)),
+}
+MAPS["maps"] = stack_maps([MAPS["uniform"], MAPS["ragged"], MAPS["shared"]])
+MAPS["indices"] = stack_maps([MAPS["index"], MAPS["index"].flip(0)])
+MAPS["matrices"] = stack_maps([MAPS["matrix"], MAPS["matrix"] ** 2])
+
+
+def classes_of(labels, n):
+    """[(source, weight)] of every class of map n."""
+    if isinstance(labels, Segments):
+        starts = labels.starts[n * labels.num_classes :].tolist()
+        weights = torch.ones(len(labels.members)) if labels.weights is None else labels.weights
+        rows = [slice(*starts[t : t + 2]) for t in range(labels.num_classes)]
+        return [list(zip(labels.members[r].tolist(), weights[r].tolist(), strict=True)) for r in rows]
+    one = labels[n] if labels.dim() > (2 if labels.is_floating_point() else 1) else labels
+    if one.is_floating_point():
+        return [list(enumerate(column)) for column in one.T.tolist()]
+    return [[(s, 1.0)] for s in one.tolist()]
+
+
+def reduced(e, w, reduce, k):
+    if reduce == "top-k mean":
+        return e.topk(min(k, len(e))).values.mean()
+    return {
+        "mean": e.mean(), "sum": e.sum(), "max": e.max(), "first": e[0], "logsumexp": e.logsumexp(0), "weighted": (e * w).sum(),
+        None: (e * w).sum(),
+    }[reduce]  # fmt: skip
+
+
+def formula(scores, labels, reduce, of="logits", k=None, prior=None, map_id=None):
+    """Class after class in float64, as one would say it."""
+    x = scores.double()
+    v = x if of == "logits" else x.softmax(1)
+    if prior is not None:
+        v = v - prior.double() if of == "logits" else v / prior.double()
+    rows = []
+    for b in range(len(x)):
+        out = []
+        for entries in classes_of(labels, 0 if map_id is None else int(map_id[b])):
+            weights = torch.tensor([w for _, w in entries], dtype=torch.float64)
+            out.append(reduced(v[b, [s for s, _ in entries]], weights, reduce, k))
+        rows.append(torch.stack(out))
+    out = torch.stack(rows)
+    return out if of == "logits" else out.log()
+
+
+def options(name):
+    labels = MAPS[name]
+    for reduce in REDUCTIONS if isinstance(labels, Segments) else (None,):
+        for of in ("logits", "probabilities"):
+            if (reduce, of) != ("logsumexp", "probabilities"):
+                yield {"reduce": reduce, "of": of, "k": 2 if reduce == "top-k mean" else None}
+
+
+def both(call, x, *args, g=None, **kwargs):
+    """call(x, ...) and the gradient of x, by default for random gradients from above."""
+    out = call(x, *args, **kwargs)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)) if g is None else g
+    return out, torch.autograd.grad(out, x, g.to(out))[0]
+
+
+@pytest.mark.parametrize(
+    ("few", "dtype"), [(0, torch.float32), (1 << 17, torch.float32), (0, torch.bfloat16)], ids=["fused", "few", "bfloat16"]
+)
+@pytest.mark.parametrize("name", MAPS)
+def test_every_reduction_of_every_map(name, dtype, few, monkeypatch):
+    monkeypatch.setattr(ops, "_FEW", few)
+    labels = MAPS[name]
+    x = (rand(3, 23) * 3).to(dtype).requires_grad_()
+    map_id = torch.tensor([0, 1, 1]) if name in ("maps", "indices", "matrices") else None
+    prior = torch.rand(23) + 0.1
+    for option in options(name):
+        for p in (None, prior):
+            more = {"map_id": map_id, "prior": p, **option}
+            true = both(formula, x, labels, **more)
+            wide = both(map_labels, x.detach().double().requires_grad_(), labels, **more)[1]
+            floor = torch.full((3, 1), 4e-6)  # the softmax's gradient is a difference of sums
+            for impl in ("torch", "auto"):
+                out, d = both(map_labels, x, labels, impl=impl, **more)
+                assert out.dtype == (dtype if option["of"] == "logits" else torch.float32)
+                check(out, true[0], true[0].to(out.dtype), ulps=8, name=f"{option} {impl}")
+                check(d, wide, true[1].to(dtype), ulps=8, floor=floor, name="gradient")
+
+
+LOSSES = (
+    {}, {"reduction": "sum"}, {"reduction": "none"}, {"weight": torch.rand(4) + 0.1, "label_smoothing": 0.2},
+    {"label_smoothing": 1.0}, {"weight": torch.rand(4), "reduction": "none"}, {"ignore_index": 0}, {"ignore_index": 3},
+    {"ignore_index": 4},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("few", [0, 1 << 17], ids=["fused", "few"])
+@pytest.mark.parametrize("name", ["uniform", "shared", "index", "matrix", "maps"])
+def test_the_loss_is_pytorchs_on_the_mapped_scores(name, few, monkeypatch):
+    monkeypatch.setattr(ops, "_FEW", few)
+    labels, x = MAPS[name], (rand(9, 23) * 4).requires_grad_()
+    map_id = torch.arange(9) % 3 if name == "maps" else None
+    reduce = "mean" if isinstance(labels, Segments) else None
+
+    def plain(x, target, of, **loss):
+        return F.cross_entropy(formula(x, labels, reduce, of, map_id=map_id), target, **loss)
+
+    for loss in LOSSES:
+        target = torch.tensor([0, 3, -100, 1, 2, 3, 0, 1, 2])
+        target[2] = loss.get("ignore_index", -100)
+        wide = {k: v.double() if k == "weight" else v for k, v in loss.items()}
+        for of in ("logits", "probabilities"):
+            wanted = both(plain, x, target, of, **wide)
+            for impl in ("torch", "auto"):
+                got = both(mapped_cross_entropy, x, labels, target, of=of, map_id=map_id, impl=impl, **loss)
+                assert got[0].dtype == torch.float32
+                for one, true in zip(got, wanted, strict=True):
+                    torch.testing.assert_close(one.double(), true.double(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_focal_and_unnormalised_losses(impl):
+    labels, x, y = MAPS["shared"], rand(5, 23).requires_grad_(), torch.tensor([0, 1, 2, 3, -100])
+    q = formula(x, labels, "sum", "probabilities")
+    for focal in (0.0, 0.5, 4.0):
+        picked = q[:4].gather(1, y[:4, None])[:, 0]
+        want = (-picked * (1 - picked.exp()) ** focal).sum()
+        got = mapped_cross_entropy(
+            x, labels, y, reduce="sum", of="probabilities", renormalize=False, focal=focal, reduction="sum", impl=impl
+        )
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*(torch.autograd.grad(t, x, retain_graph=True)[0] for t in (got, want)), rtol=1e-4, atol=1e-6)
+    sure = torch.zeros(1, 23).requires_grad_()
+    sure.data[0, 0] = 200.0  # p is 1
+    loss = mapped_cross_entropy(sure, MAPS["index"], torch.tensor([3]), focal=0.5, impl=impl)
+    assert loss == 0
+    assert torch.autograd.grad(loss, sure)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("few", [0, 1 << 17], ids=["fused", "few"])
+@pytest.mark.parametrize("of", ["logits", "probabilities"])
+@pytest.mark.parametrize("reduce", ["mean", "max", "logsumexp", "sum", "top-k mean"])
+def test_confident_shifted_and_masked_rows(reduce, of, few, monkeypatch):
+    monkeypatch.setattr(ops, "_FEW", few)
+    if (reduce, of) == ("logsumexp", "probabilities"):
+        return
+    x = rand(6, 23)
+    x[0, 7] += 9.2  # p of about 0.9999
+    x[1] += 1e4
+    x[2] -= 1e4
+    x[3] = -torch.inf
+    x[3, 8] = 2.0  # a single finite score
+    x[4] *= 100
+    y, option = torch.tensor([2, 1, 0, 2, 3, 1]), {"reduce": reduce, "of": of, "k": 2 if reduce == "top-k mean" else None}
+    if reduce in ("mean", "sum", "top-k mean") and of == "logits":
+        x[3] = 0  # every class would be -inf
+    wide, x, near = x.double().requires_grad_(), x.requires_grad_(), 2e-3 if reduce == "logsumexp" else 2e-6
+    more = {"g": torch.rand(6), "reduction": "none", **option}
+    want = both(mapped_cross_entropy, wide, MAPS["ragged"], y, **more)
+    for impl in ("torch", "auto"):
+        for one, true in zip(both(mapped_cross_entropy, x, MAPS["ragged"], y, impl=impl, **more), want, strict=True):
+            torch.testing.assert_close(one.double(), true, rtol=1e-3, atol=near)
+
+
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_edges_of_the_loss(impl):
+    labels, x = MAPS["ragged"], rand(3, 23).requires_grad_()
+    ignored = torch.full((3,), -100)
+    assert mapped_cross_entropy(x, labels, ignored, impl=impl).isnan()
+    loss = mapped_cross_entropy(x, labels, ignored, reduction="sum", impl=impl)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, x)[0].any()
+    empty = rand(0, 23).requires_grad_()
+    for reduce in ("mean", "max", "logsumexp"):
+        out = map_labels(empty, labels, reduce=reduce, impl=impl)
+        assert out.shape == (0, 4)
+        assert torch.autograd.grad(out.sum(), empty)[0].shape == (0, 23)
+    assert mapped_cross_entropy(empty, labels, torch.zeros(0, dtype=torch.int64), reduction="sum", impl=impl) == 0
+    y = torch.tensor([0, 1, 2])
+    first = mapped_cross_entropy(x, labels, y, impl=impl)
+    twice = first + 2 * mapped_cross_entropy(x, MAPS["index"], y, impl=impl)  # two losses on the same scores
+    (d,) = torch.autograd.grad(twice, x, retain_graph=True)
+    assert torch.equal(d, torch.autograd.grad(twice, x)[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for m in ("uniform", "matrix"):
+            check_bits(map_labels(x.detach(), MAPS[m], impl="torch"), map_labels(x.detach(), MAPS[m].to("cpu"), impl="torch"))
+            assert map_labels(x, MAPS[m], impl=impl).dtype == torch.float32
+            torch.testing.assert_close(
+                map_labels(x, MAPS[m], impl=impl), formula(x, MAPS[m], "mean" if m == "uniform" else None).float()
+            )
+
+
+@pytest.mark.parametrize("few", [0, 1 << 17], ids=["fused", "few"])
+@pytest.mark.parametrize("reduce", ["max", "top-k mean"])
+def test_the_first_of_equals_has_the_gradient(reduce, few, monkeypatch):
+    monkeypatch.setattr(ops, "_FEW", few)
+    x = torch.zeros(2, 23).requires_grad_()
+    given = {"reduce": reduce, "k": 2 if reduce != "max" else None}
+    seg = segments([[9, 4, 2], [5, 6, 1]], 23)
+    for impl in ("torch", "auto"):
+        (d,) = torch.autograd.grad(map_labels(x, seg, impl=impl, **given).sum(), x)
+        assert d[0].nonzero()[:, 0].tolist() == ([5, 9] if reduce == "max" else [4, 5, 6, 9])
+
+
+def test_layouts_of_scores_and_gradients_of_segments():
+    x, g = rand(10, 23), rand(10, 4, seed=1)
+    for name in ("uniform", "ragged", "shared", "matrix"):
+        want = both(map_labels, x.clone().requires_grad_(), MAPS[name], g=g)
+        for kind, other in layouts(x).items():
+            for upstream in layouts(g).values():
+                got = both(map_labels, other.detach().requires_grad_(), MAPS[name], g=upstream)
+                torch.testing.assert_close(got, want, msg=f"{name} {kind}")
+
+
+def test_the_reference_of_segments_passes_gradcheck():
+    x = rand(2, 23, dtype=torch.float64).requires_grad_()
+    weights = torch.rand(11, dtype=torch.float64, requires_grad=True)
+    matrix, y = MAPS["matrix"].double().requires_grad_(), torch.tensor([0, 3])
+    for option in options("shared"):  # every reduction
+        assert torch.autograd.gradcheck(lambda x, o=option: map_labels(x, MAPS["shared"], **o), x)
+
+    def learned(x, weights, matrix, of):
+        seg = MAPS["shared"]._replace(weights=weights)
+        loss = mapped_cross_entropy(x, seg, y, reduce="weighted", of=of, focal=2.0)
+        return loss + mapped_cross_entropy(x, matrix, y, of=of)
+
+    for of in ("logits", "probabilities"):
+        assert torch.autograd.gradcheck(learned, (x, weights, matrix, of))
+
+
+def test_a_class_without_mass_is_minus_infinity_and_has_no_gradient():
+    x = torch.full((1, 23), -torch.inf)
+    x[0, 0] = 1.0
+    for name, reduce in (("ragged", "mean"), ("ragged", "max"), ("ragged", "weighted"), ("matrix", None)):
+        labels = MAPS[name] if name == "ragged" else torch.eye(23)[:, :4]
+        for impl in ("torch", "auto"):
+            leaf = x.clone().requires_grad_()
+            out = map_labels(leaf, labels, reduce=reduce, of="probabilities", impl=impl)
+            assert (out == -torch.inf).sum() == 3
+            assert out.isfinite().sum() == 1
+            (d,) = torch.autograd.grad(out[out.isfinite()].sum(), leaf)
+            assert d.isfinite().all(), (name, reduce, impl)
+
+
+def test_maps_are_found_again_and_a_changed_one_is_not():
+    x, members = rand(4, 9), torch.tensor([[0, 1], [2, 3]])
+    seg = segments(members, 9)
+    before = map_labels(x, seg, reduce="max")
+    check_bits(map_labels(x, seg, reduce="max"), before)
+    seg.members.copy_(torch.tensor([5, 6, 7, 8]))
+    check_bits(map_labels(x, seg, reduce="max"), torch.stack([x[:, 5:7].amax(1), x[:, 7:].amax(1)], 1))
+    other = segments([[3], [4], [8]], 9)
+    with torch.inference_mode():
+        map_labels(x, other)
+    map_labels(x.requires_grad_(), other).sum().backward()
+
+
+@needs_triton
+def test_operators_of_segments_are_registered_and_compile(device):
+    x, y = rand(6, 23).to(device).requires_grad_(), (torch.arange(6) % 4).to(device)
+    seg, index = MAPS["ragged"].to(device), MAPS["index"].to(device)
+    for parts, sizes in (([*seg[:5]], list(seg[6:])), ([index], [])):
+        for loss, reduction in ((True, "mean"), (True, "none"), (False, "none")):
+            flags = (sizes, "logsumexp" if sizes else "first", None, False, loss, reduction, True, 0.1, 0.0, -100)
+            given = (x.detach(), parts, None, None, None, y if loss else None, None, True, *flags)
+            torch.library.opcheck(torch.ops.fastprompt.map_segments.default, given)
+            out, losses, *saved = torch.ops.fastprompt.map_segments.default(*given)
+            g = rand(*(losses if loss else out).shape).to(device)
+            given = (g, x.detach(), parts, None, None, None, y if loss else None, [out, *saved], *flags)
+            torch.library.opcheck(torch.ops.fastprompt.map_segments_gradient.default, given)
+    compiled = torch.compile(mapped_cross_entropy, fullgraph=True, backend="aot_eager")
+    for labels in (seg, index, MAPS["matrix"].to(device), None):
+        for impl in ("auto", "triton"):
+            out = both(mapped_cross_entropy, x, labels, y, impl=impl)
+            torch.testing.assert_close(both(compiled, x, labels, y, impl=impl), out)
+            torch.testing.assert_close(out, both(mapped_cross_entropy, x, labels, y, impl="torch"))
+    for out in (map_labels(x, seg, impl="triton"), mapped_cross_entropy(x, seg, y, impl="triton")):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sources", [2**18, 9973])
+def test_many_sources(sources):
+    x = rand(2, sources).requires_grad_()
+    seg = segments(injective(sources, sources).tensor_split(10), sources)
+    y = torch.tensor([0, 9])
+    want = both(mapped_cross_entropy, x.detach().double().requires_grad_(), seg, y)
+    for one, true in zip(both(mapped_cross_entropy, x, seg, y), want, strict=True):
+        torch.testing.assert_close(one.double(), true, rtol=1e-5, atol=1e-7)
+
+
+# ---- Published maps ----
+
+
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_counts_by_probability(k, impl):
+    logits, target = rand(50, 9), torch.randint(3, (50,), generator=torch.Generator().manual_seed(0))
+    target[target == 1] = 2  # a class that is absent
+    logits[3, :], logits[4, 2], logits[5, :] = 0.0, torch.nan, -torch.inf
+    counts = count_labels_(torch.zeros(9, 3, dtype=torch.int64), logits, target, k=k, impl=impl)
+    want = torch.zeros(9, 3, dtype=torch.float64)
+    for row, t in zip(logits.double(), target.tolist(), strict=True):
+        p = row.softmax(0)
+        for s in sorted(range(9), key=lambda s: (-p[s], s))[:k]:
+            want[s, t] += 0.0 if p.isnan().any() else p[s]
+    torch.testing.assert_close(counts.double() / COUNT_UNIT, want, rtol=1e-6, atol=1e-6)
+    parts = torch.zeros_like(counts)
+    for part in (slice(0, 1), slice(1, 30), slice(30, 50)):
+        count_labels_(parts, logits[part], target[part], k=k, impl=impl)
+    check_bits(parts, counts)
+
+
+@pytest.mark.parametrize("smoothing", [0, 1, 2.5])
+def test_bayesian_maps_equal_the_published_loops(smoothing):
+    counts = torch.tensor([[3, 0, 1], [0, 0, 0], [2, 0, 5], [0, 0, 4]])
+    want = torch.zeros(4, 3, dtype=torch.float64)
+    for s, row in enumerate(counts.tolist()):
+        for t, n in enumerate(row):
+            want[s, t] = n / (sum(row) + smoothing) if n else 0.0
+    for t in range(3):
+        total = want[:, t].sum()
+        want[:, t] = want[:, t] / total if total else 1 / 4  # a class that was never counted
+    check_bits(bayesian_matrix(counts, smoothing), want.float())
+    check_bits(bayesian_matrix(counts * COUNT_UNIT, smoothing, COUNT_UNIT), want.float())
+    assert torch.equal(bayesian_matrix(torch.tensor([[7]])), torch.ones(1, 1))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_optimal_matching_beats_every_other(data):
+    targets = data.draw(st.integers(1, 4))
+    cells = data.draw(st.lists(st.integers(0, 9), min_size=5 * targets, max_size=5 * targets))
+    counts = torch.tensor(cells).view(5, targets)
+    index = match_labels(counts, optimal=True)
+
+    def value(index):
+        return int(counts[list(index), range(targets)].sum())
+
+    assert len(set(index.tolist())) == targets
+    assert index.dtype == torch.int64
+    assert value(index) == max(map(value, itertools.permutations(range(5), targets)))
+
+
 # ---- Memory ----
 
 NORESERVE = 0x4000  # Linux; Python names it from 3.13
@@ -381,11 +745,11 @@ def test_offsets_beyond_32_bits():
         d = ops._gradient_triton(x[:, :2], i, readers, shape[1])
         check_bits(d, gradient_of(x[:, :2], i, shape[1]).float())
         counts = torch.zeros(shape[1], 2, dtype=torch.int64)
-        ops._count_triton(counts, x, target, "triton")
+        ops._count_triton(counts, x, target, None, "triton")
         check_bits(counts, counts_of(x, target, 2))
         x.zero_()
     counts = torch.frombuffer(held, dtype=torch.int64).as_strided((2, far // 2 + 4), (far // 2 + 4, 1))
-    ops._count_triton(counts, torch.tensor([[0.0, 1.0]]), torch.tensor([far // 2 + 3]), "triton")
+    ops._count_triton(counts, torch.tensor([[0.0, 1.0]]), torch.tensor([far // 2 + 3]), None, "triton")
     assert counts[1, -1] == 1
     del big, x, counts
 
@@ -412,7 +776,7 @@ def test_nothing_is_read_beyond_the_end():
     d = ops._gradient_triton(guarded(out), index, guarded(readers), 19)
     check_bits(d, gradient_of(out, index, 19).float())
     counts, target = guarded(torch.zeros(19, 3, dtype=torch.int64)), guarded(torch.arange(5) % 3)
-    ops._count_triton(counts, logits, target, "triton")
+    ops._count_triton(counts, logits, target, None, "triton")
     check_bits(counts, counts_of(logits, target, 3))
 
 
@@ -434,7 +798,7 @@ def test_opcheck_of_the_map(layout, device):
 def test_opcheck_of_the_counts(impl, layout, device):
     x, target = layouts(rand(4, 9).to(device))[layout], torch.arange(4, device=device) % 3
     counts = torch.zeros(9, 3, dtype=torch.int64, device=device)
-    torch.library.opcheck(torch.ops.fastprompt.count_labels_, (counts, x, target, impl))
+    torch.library.opcheck(torch.ops.fastprompt.count_labels_, (counts, x, target, None, impl))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -575,6 +939,51 @@ ONE, COUNTS, TARGET = torch.zeros(2, 5), torch.zeros(5, 3, dtype=torch.int64), t
         ),
         (lambda: count_labels_(COUNTS, ONE, TARGET.float()), TypeError, "target: expected int64"),
         (lambda: count_labels_(COUNTS, ONE, TARGET + 2), ValueError, r"target: expected values from 0 to 2, got \[3\]"),
+        (
+            lambda: segments([[1], []], 5),
+            ValueError,
+            "classes: expected at least one source for every class, got none for class 1",
+        ),
+        (
+            lambda: segments([[1, 1]], 5),
+            ValueError,
+            "classes: expected no source twice in a class, got source 1 twice in class 0",
+        ),
+        (lambda: segments([[5]], 5), ValueError, r"classes: expected sources from 0 to 4, got \[5\]"),
+        (lambda: segments([[1]], 0), ValueError, "num_source: expected at least 1"),
+        (lambda: segments(torch.zeros(2), 5), ValueError, r"classes: expected \[T, m\]"),
+        (lambda: segments((TARGET, TARGET.int()), 5), TypeError, "classes: expected int64 starts"),
+        (lambda: segments([[1]], 5, weights=[[1.0, 2.0]]), ValueError, "weights: expected the lengths of the classes"),
+        (lambda: stack_maps([]), ValueError, "maps: expected at least one"),
+        (lambda: stack_maps([segments([[1]], 5), segments([[1]], 6)]), ValueError, "maps: expected single maps"),
+        (lambda: map_labels(ONE, segments([[1]], 6)), ValueError, "labels: expected a map of 5 sources"),
+        (lambda: map_labels(ONE, segments([[1]], 5), reduce="median"), ValueError, "reduce: expected one of mean, sum"),
+        (lambda: map_labels(ONE, segments([[1]], 5), reduce="top-k mean"), ValueError, "k: expected at least 1"),
+        (lambda: map_labels(ONE, segments([[1]], 5), reduce="weighted"), ValueError, "labels: expected Segments with weights"),
+        (lambda: map_labels(ONE, TARGET, reduce="mean"), ValueError, "reduce: expected None"),
+        (lambda: map_labels(ONE, torch.zeros(4, 2)), ValueError, "labels: expected a matrix with a row for each of 5"),
+        (lambda: map_labels(ONE, [1]), TypeError, "labels: expected an int64 index, Segments or a matrix"),
+        (lambda: map_labels(ONE, TARGET[None], prior=torch.ones(5)), ValueError, "map_id: expected"),
+        (lambda: map_labels(ONE, TARGET[None], map_id=TARGET), ValueError, r"map_id: expected values from 0 to 0, got \[1\]"),
+        (lambda: map_labels(ONE, TARGET, prior=torch.ones(4)), ValueError, r"prior: expected a floating point \[5\]"),
+        (lambda: map_labels(ONE, TARGET, of="odds"), ValueError, "of: expected one of logits, probabilities"),
+        (
+            lambda: map_labels(ONE, segments([[1]], 5), reduce="logsumexp", of="probabilities"),
+            ValueError,
+            "reduce: expected a reduction of probabilities",
+        ),
+        (lambda: mapped_cross_entropy(ONE, TARGET, TARGET + 1), ValueError, r"target: expected values from 0 to 1, got \[2\]"),
+        (lambda: mapped_cross_entropy(ONE, TARGET + 4, TARGET), ValueError, r"labels: expected values from 0 to 4, got \[5\]"),
+        (lambda: mapped_cross_entropy(ONE, TARGET, TARGET, reduction="max"), ValueError, "reduction: expected one of"),
+        (
+            lambda: mapped_cross_entropy(ONE, TARGET, TARGET, weight=ONE[0]),
+            ValueError,
+            r"weight: expected a floating point \[2\]",
+        ),
+        (lambda: mapped_cross_entropy(ONE, TARGET, TARGET, label_smoothing=2), ValueError, "label_smoothing: expected 0 to 1"),
+        (lambda: mapped_cross_entropy(ONE, TARGET, TARGET, focal=-1), ValueError, "focal: expected 0 or more"),
+        (lambda: count_labels_(COUNTS, ONE, TARGET, k=6), ValueError, "k: expected 1 to 5"),
+        (lambda: bayesian_matrix(COUNTS, -1), ValueError, "smoothing: expected 0 or more"),
         (lambda: match_labels(COUNTS.T), ValueError, "at least as many sources as targets.*, got"),
         (lambda: match_labels(COUNTS - 1), ValueError, "counts: expected no negative numbers, got -1"),
         (lambda: match_labels(COUNTS.float()), TypeError, "counts: expected int64"),

@@ -243,8 +243,8 @@ def mapped_cross_entropy(
         if focal or not renormalize:
             check_range("target", target, _classes(scores, labels), ignored=ignore_index)
         try:
-            mapped = ops.map_cpu(scores, labels, reduce, map_id, of, k, prior)
-            return ops.cross_entropy_cpu(mapped, target, weight, label_smoothing, ignore_index, focal, reduction, renormalize)
+            loss = ops.Loss(target, weight, label_smoothing, ignore_index, focal, reduction, renormalize)
+            return ops.map_cpu(scores, labels, reduce, map_id, of, k, prior, loss)
         except (IndexError, RuntimeError):  # PyTorch looks at the values itself, without saying which argument is wrong
             _explain(scores, labels)
             check_range("target", target, _classes(scores, labels), ignored=ignore_index)
@@ -293,8 +293,7 @@ def fold(
     """
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise bad("weight", "a floating point [S, d]", _what(weight))
-    reduce = _check_reduce(labels, reduce, "logits", None)
-    if isinstance(labels, Segments) and reduce not in _LINEAR:
+    if isinstance(labels, Segments) and (reduce or "mean") not in _LINEAR:
         raise bad("reduce", "one of " + ", ".join(_LINEAR) + ", which are linear in the logits", repr(reduce))
     _check_bias(weight, bias)
     return (

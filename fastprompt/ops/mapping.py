@@ -29,6 +29,8 @@ if _runtime.HAS_TRITON:
     from fastprompt.kernels.mapping import segments as kernel_segments
     from fastprompt.kernels.mapping import segments_backward as kernel_segments_backward
 
+aten = torch.ops.aten
+
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _library.define("map_labels(Tensor logits, Tensor index, bool differentiable) -> (Tensor, Tensor)")
 _library.define("map_labels_gradient(Tensor g, Tensor index, Tensor readers, SymInt sources) -> Tensor")
@@ -163,21 +165,25 @@ def _count_cpu(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, im
             # NumPy's arg-max has the same rules as PyTorch's and is several times faster on a core.
             cells = (logits.numpy().argmax(1) * classes + labels)[known]
         else:
-            at = _top(logits, k)
-            share = (logits.softmax(1).gather(1, at).double() * reference.COUNT_UNIT).nan_to_num_(0.0).round_()
+            rows = max(1, _CACHED // logits.shape[1])
+            at, share = (torch.cat(part) for part in zip(*(_shares(x, k) for x in logits.split(rows)), strict=True))
             cells = (at.numpy() * classes + labels[:, None])[known]
-            amount = share.long().numpy()[known]
+            amount = share.numpy()[known]
         np.add.at(counts.view(-1).numpy(), cells, amount)
 
 
-def _top(x: Tensor, k: int) -> Tensor:
-    """The places of the k largest of every row, the first of equals."""
+_CACHED = 1 << 18  # scores that stay in the cache while their softmax and their largest are taken
+
+
+def _shares(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The places of the k largest of every row, the first of equals, and their softmax in fixed point."""
     values, at = x.topk(k, 1)
     # Rows in which torch.topk had a choice that it does not promise to make in the same way
-    tied = np.flatnonzero(((x >= values[:, -1:]).sum(1) != k).numpy())
+    tied = np.flatnonzero(np.count_nonzero(x.numpy() >= values[:, -1:].numpy(), axis=1) != k)
     if len(tied):
         at[tied] = x[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return at
+    share = x.softmax(1).gather(1, at).double() * reference.COUNT_UNIT
+    return at, share.nan_to_num_(0.0).round_().long()
 
 
 # ---- Registration ----
@@ -364,17 +370,30 @@ def _plain(
     return reference.reduce_values(values if prior is None else values - prior, labels, reduce, map_id, k, logarithms)
 
 
+class Loss(NamedTuple):
+    """The arguments of a cross-entropy."""
+
+    target: Tensor
+    weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+    focal: float
+    reduction: str
+    renormalize: bool
+
+
 def map_cpu(
-    scores: Tensor, labels: Labels | None, reduce: str, map_id: Tensor | None, of: str, k: int | None, prior: Tensor | None
-) -> Tensor:
-    """`reference.map_labels` of at most 32 bits in float32, differentiable."""
+    scores: Tensor, labels: Labels | None, reduce: str, map_id: Tensor | None, of: str, k: int | None, prior: Tensor | None,
+    loss: Loss | None = None,
+) -> Tensor:  # fmt: skip
+    """`reference.map_labels` of at most 32 bits in float32, or `reference.mapped_cross_entropy`, differentiable."""
     logarithms = of == "probabilities"
-    if logarithms:
+    if prior is not None:
+        prior = (prior.log() if logarithms else prior).float()
+    # A loss that divides by the sum over the classes has no use for the sum over the sources.
+    relative = logarithms and loss is not None and loss.renormalize and (labels is None or not _is_matrix(labels))
+    if logarithms and not relative:
         scores = scores.float().log_softmax(1)
-        prior = prior if prior is None else prior.log()
-    prior = prior if prior is None else prior.float()
-    if labels is None:
-        return scores.float() if prior is None else scores.float() - prior
     if isinstance(labels, Segments):
         if labels.num_maps == 1:
             map_id = None
@@ -382,50 +401,102 @@ def map_cpu(
             reduce = "first"
         elif k is not None and k >= labels.longest:
             reduce = "mean"
-        plan = plan_of(labels) if labels.longest else None
-        weights = labels.weights if reduce == "weighted" else None
-        if (
-            plan is None
-            or (weights is not None and weights.requires_grad)
-            or (reduce == "top-k mean" and plan.shortest < (k or 0))
-        ):
-            return _plain(scores.float(), labels, reduce, map_id, k, prior, logarithms)
         if reduce != "first":
-            given = (scores, labels, plan, map_id, prior, reduce, k, logarithms)
-            return MapSegments.apply(*given) if scores.requires_grad and torch.is_grad_enabled() else _forward_cpu(*given)[0]
-        labels = plan.first
+            return _map_segments_cpu(scores, labels, reduce, map_id, k, prior, logarithms, relative, loss)
+        labels = plan_of(labels).first if labels.longest else labels.members
+    if labels is None:
+        out = scores.float()
     elif labels.is_floating_point():
-        scores = scores.float()
+        out = scores.float()
         if logarithms or map_id is not None or torch.is_autocast_enabled("cpu"):
-            return _plain(scores, labels, reduce, map_id, k, prior, logarithms)
-        return (scores if prior is None else scores - prior) @ labels.float()
-    if map_id is None:
+            out = _plain(out, labels, reduce, map_id, k, prior, logarithms)
+        else:
+            out = (out if prior is None else out - prior) @ labels.float()
+        prior = None
+    elif map_id is None:
         out = scores.index_select(1, labels).float()
-        return out if prior is None else out - prior[labels]
-    index = labels[map_id]
-    out = scores.gather(1, index).float()
-    return out if prior is None else out - prior[index]
+    else:
+        labels = labels[map_id]
+        out = scores.gather(1, labels).float()
+    if prior is not None:
+        out = out - (prior if labels is None else prior[labels])
+    return out if loss is None else _cross_entropy_cpu(out + _spoiled(scores) if relative else out, loss)
+
+
+def _is_matrix(labels: Labels) -> bool:
+    return isinstance(labels, Tensor) and labels.is_floating_point()
+
+
+def _spoiled(scores: Tensor) -> Tensor:
+    """0 for every row, NaN for those that have no softmax: [B, 1]."""
+    top = scores.detach().amax(1, keepdim=True).float()
+    return top - top
+
+
+_FEW = 1 << 17  # entries of all samples up to which PyTorch's own graph costs less than a Python function's call
+
+
+def _map_segments_cpu(
+    scores: Tensor, seg: Segments, reduce: str, map_id: Tensor | None, k: int | None, prior: Tensor | None,
+    logarithms: bool, relative: bool, loss: Loss | None,
+) -> Tensor:  # fmt: skip
+    learned = reduce == "weighted" and seg.weights is not None and seg.weights.requires_grad
+    if learned or not seg.longest or (reduce == "top-k mean" and plan_of(seg).shortest < (k or 0)):
+        out = _plain(scores.float(), seg, reduce, map_id, k, prior, logarithms)
+        return out if loss is None else _cross_entropy_cpu(out + _spoiled(scores) if relative else out, loss)
+    given = (scores, seg, map_id, prior, reduce, k, logarithms, relative)
+    graph = scores.requires_grad and torch.is_grad_enabled()
+    entries = len(scores) * seg.num_classes * seg.longest
+    exponential = reduce == "logsumexp" or (logarithms and reduce != "max")
+    # Where classes read few of the sources, PyTorch's zeros and additions beat a gather of every source's class.
+    sparse = reduce != "max" and (map_id is not None or 2 * len(seg.members) < seg.num_source)
+    if not graph or reduce == "top-k mean" or (not exponential and (entries < _FEW or sparse)):
+        out, _ = _forward_cpu(*given, graph)
+        return out if loss is None else _cross_entropy_cpu(out, loss)
+    if loss is None or not loss.renormalize or loss.focal or loss.label_smoothing:
+        out = MapSegments.apply(*given, None)
+        return out if loss is None else _cross_entropy_cpu(out, loss)
+    return MapSegments.apply(*given, loss)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept from an evaluation is used in training
+def _column(longest: int, value: float) -> Tensor:
+    return torch.full((longest,), value)
 
 
 def _forward_cpu(
-    scores: Tensor, seg: Segments, plan: Plan, map_id: Tensor | None, prior: Tensor | None, reduce: str, k: int | None,
-    logarithms: bool,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
-    """The mapped scores [B, T] in float32, and what the backward needs."""
+    scores: Tensor, seg: Segments, map_id: Tensor | None, prior: Tensor | None, reduce: str, k: int | None,
+    logarithms: bool, relative: bool, graph: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """The mapped scores [B, T] in float32, and what `_backward_cpu` needs.
+
+    `relative`: up to a constant for every row. `graph`: PyTorch differentiates it, unless it is exponential.
+    """
     linear = not logarithms and reduce in ("mean", "sum", "weighted")
-    ragged = linear and plan.filled is not None and map_id is None
+    batch, classes, longest = len(scores), seg.num_classes, seg.longest
+    if linear and map_id is None and prior is None and reduce != "weighted" and len(seg.members) == classes * longest:
+        x = scores.index_select(1, seg.members).float()
+        if torch.is_autocast_enabled("cpu"):
+            x = x.view(batch, classes, longest)
+            return (x.mean(-1) if reduce == "mean" else x.sum(-1)), ()
+        column = _column(longest, 1 / longest if reduce == "mean" else 1.0)
+        return torch.mv(x.view(batch * classes, longest), column).view(batch, classes), ()
+    plan = plan_of(seg)
+    ragged = linear and plan.filled is not None and map_id is None and not graph
     read = seg.members if ragged else plan.table if map_id is None else plan.table[map_id]
     x = (scores.index_select(1, read) if map_id is None else scores.gather(1, read)).float()
     if prior is not None:
         x = x - prior[read]
+    if relative:
+        x = x - (x.detach().amax(1, keepdim=True) + _spoiled(scores))
     if ragged:
         if reduce == "weighted":
             assert seg.weights is not None
             x = x * seg.weights.float()
         out = torch.from_numpy(np.add.reduceat(x.numpy(), seg.starts[:-1].numpy(), axis=1))
         return (out.div_(plan.size) if reduce == "mean" else out), ()
-    shape = (len(scores), seg.num_classes, seg.longest)
-    x = x.view(shape)
+    x = x.view(batch, classes, longest)
     size = plan.size if map_id is None else plan.size[map_id]
     filled = plan.filled if plan.filled is None or map_id is None else plan.filled[map_id]
     weights = _table_weights(seg, plan, map_id) if reduce == "weighted" else None
@@ -440,29 +511,26 @@ def _forward_cpu(
     if reduce == "max":  # a class is filled up with its first source, which never beats itself
         out, at = x.max(-1)
         return out, (at,)
-    if reduce == "top-k mean":
-        assert k is not None
-        x, at = _largest(x, filled, k)
-        if not logarithms:
-            return x.mean(-1), (at,)
-        out = x.logsumexp(-1)
-        return out - math.log(k), (at, x, out)
     if filled is not None:
         x = x.masked_fill(filled, -torch.inf)
+    if reduce == "top-k mean":
+        assert k is not None
+        x = _largest(x, k, graph)
+        return (reference.log_sum_exp(x) - math.log(k) if logarithms else x.mean(-1)), ()
     if weights is not None:
         x = x + weights.log()
     out = x.logsumexp(-1)
-    return (out - size.log() if reduce == "mean" else out), (None, x, out)
+    return (out - size.log() if reduce == "mean" else out), (x, out)
 
 
-def _largest(x: Tensor, filled: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest along the last axis and their places, the first of equals: what torch.topk leaves open."""
-    if filled is not None:
-        x = x.masked_fill(filled, -torch.inf)
-    values, at = x.topk(k + 1, -1)
+def _largest(x: Tensor, k: int, graph: bool) -> Tensor:
+    """The k largest along the last axis; the first of equals have the gradient, which torch.topk leaves open."""
+    if not graph:
+        return x.topk(k, -1).values
+    values = x.topk(k + 1, -1).values
     if bool((values[..., k - 1] == values[..., k]).any()):
-        values, at = x.sort(dim=-1, descending=True, stable=True)
-    return values[..., :k], at[..., :k]
+        values = x.sort(dim=-1, descending=True, stable=True).values
+    return values[..., :k]
 
 
 def _table_weights(seg: Segments, plan: Plan, map_id: Tensor | None) -> Tensor:
@@ -477,10 +545,10 @@ def _table_weights(seg: Segments, plan: Plan, map_id: Tensor | None) -> Tensor:
 
 
 def _backward_cpu(
-    g: Tensor, seg: Segments, plan: Plan, map_id: Tensor | None, saved: tuple[Tensor | None, ...], dtype: torch.dtype,
-    reduce: str, k: int | None, logarithms: bool,
+    g: Tensor, seg: Segments, map_id: Tensor | None, saved: tuple[Tensor, ...], dtype: torch.dtype, reduce: str
 ) -> Tensor:  # fmt: skip
     """d scores [B, S] in their dtype, summed in float32."""
+    plan = plan_of(seg)
     batch, classes, longest = len(g), seg.num_classes, seg.longest
     size = plan.size if map_id is None else plan.size[map_id]
     if saved == ():
@@ -506,28 +574,19 @@ def _backward_cpu(
         if weighted:
             each = each * _table_weights(seg, plan, map_id)
     else:
-        at, *exponents = saved
-        each = g[..., None]
-        if exponents:
-            x, out = exponents
-            assert x is not None
-            assert out is not None
-            out = out.masked_fill(out == -torch.inf, 0)[..., None]
-            each = (x - out).exp_().mul_(each)
-        elif reduce == "top-k mean":
-            assert k is not None
-            each = (each / k).expand(batch, classes, k)
-        if at is not None:
-            at = at.view(batch, classes, -1)
-            place = at + torch.arange(0, classes * longest, longest)[:, None]
-            read = plan.table[place] if map_id is None else plan.table[map_id].gather(1, place.view(batch, -1))
-            d = g.new_zeros(batch, seg.num_source)
-            return d.scatter_add_(1, read.view(batch, -1), each.reshape(batch, -1)).to(dtype)
+        if reduce == "max":
+            (at,) = saved
+            place = at + torch.arange(0, classes * longest, longest)
+            read = plan.table[place] if map_id is None else plan.table[map_id].gather(1, place)
+            return g.new_zeros(batch, seg.num_source).scatter_add_(1, read, g).to(dtype)
+        x, out = saved
+        out = out.masked_fill(out == -torch.inf, 0)[..., None]
+        each = (x - out).exp_().mul_(g[..., None])
     if map_id is None and plan.entry is not None:
-        return F.pad(each.reshape(batch, -1), (0, 1)).index_select(1, plan.entry).to(dtype)
+        return F.pad(each.reshape(batch, classes * longest), (0, 1)).index_select(1, plan.entry).to(dtype)
     if plan.filled is not None:
         each = each.masked_fill(plan.filled if map_id is None else plan.filled[map_id], 0)
-    d, each = g.new_zeros(batch, seg.num_source), each.reshape(batch, -1)
+    d, each = g.new_zeros(batch, seg.num_source), each.reshape(batch, classes * longest)
     return (d.index_add_(1, plan.table, each) if map_id is None else d.scatter_add_(1, plan.table[map_id], each)).to(dtype)
 
 
@@ -540,41 +599,48 @@ def _source_weights(seg: Segments, r: int) -> Tensor:
 
 
 class MapSegments(torch.autograd.Function):
-    """A segmented map on a CPU, in float32, with a gradient for the scores."""
+    """A segmented map on a CPU, in float32, or its cross-entropy, with a gradient for the scores."""
 
     @staticmethod
-    def forward(ctx, scores, seg, plan, map_id, prior, reduce, k, logarithms):  # type: ignore[no-untyped-def]
-        out, saved = _forward_cpu(scores, seg, plan, map_id, prior, reduce, k, logarithms)
+    def forward(ctx, scores, seg, map_id, prior, reduce, k, logarithms, relative, loss):  # type: ignore[no-untyped-def]
+        out, saved = _forward_cpu(scores, seg, map_id, prior, reduce, k, logarithms, relative, False)
+        ctx.given = seg, scores.dtype, reduce
+        ctx.loss = None
+        if loss is not None:
+            log_p = out.log_softmax(1)
+            weight = loss.weight if loss.weight is None else loss.weight.float()
+            ctx.loss = weight, _REDUCTIONS[loss.reduction], loss.ignore_index
+            out, divisor = aten.nll_loss_forward(log_p, loss.target, *ctx.loss)
+            saved = (loss.target, divisor, log_p, *saved)
         ctx.save_for_backward(map_id, *saved)
-        ctx.given = seg, plan, scores.dtype, reduce, k, logarithms
         return out
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():
-            raise RuntimeError(_NO_SECOND.format("map_labels"))
-        seg, plan, *given = ctx.given
+            raise RuntimeError(_NO_SECOND.format("map_labels" if ctx.loss is None else "mapped_cross_entropy"))
+        seg, *given = ctx.given
         map_id, *saved = ctx.saved_tensors
-        return _backward_cpu(g, seg, plan, map_id, tuple(saved), *given), *[None] * 7
+        if ctx.loss is not None:
+            target, divisor, log_p, *saved = saved
+            g = aten.nll_loss_backward(g, log_p, target, *ctx.loss, divisor)
+            g = aten._log_softmax_backward_data(g, log_p, 1, torch.float32)
+        return _backward_cpu(g, seg, map_id, tuple(saved), *given), *[None] * 8
 
 
-def cross_entropy_cpu(
-    mapped: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, ignore_index: int, focal: float,
-    reduction: str, renormalize: bool,
-) -> Tensor:  # fmt: skip
+def _cross_entropy_cpu(mapped: Tensor, loss: Loss) -> Tensor:
     """The loss of the mapped scores; PyTorch's own where it has it."""
-    if renormalize and not focal:
-        weight = weight if weight is None else weight.to(mapped.dtype)
-        return F.cross_entropy(
-            mapped, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
+    if loss.renormalize and not loss.focal:
+        weight = loss.weight if loss.weight is None else loss.weight.to(mapped.dtype)
+        return F.cross_entropy(mapped, loss.target, weight, None, loss.ignore_index, None, loss.reduction, loss.label_smoothing)
+    target, weight, smoothing, ignored, focal, reduction, renormalize = loss
     losses, weights = reference.cross_entropies(
-        mapped, target, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, focal=focal,
-        renormalize=renormalize,
-    )  # fmt: skip
+        mapped, target, weight=weight, label_smoothing=smoothing, ignore_index=ignored, focal=focal, renormalize=renormalize
+    )
     return reference.total(losses, weights, reduction)
 
 
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _NO_SECOND = 'fastprompt.functional.{} has no second derivative: call backward without create_graph=True, or use impl="torch"'
 
 
@@ -582,37 +648,56 @@ _NO_SECOND = 'fastprompt.functional.{} has no second derivative: call backward w
 
 
 def match_labels(counts: Tensor) -> Tensor:
-    """What `reference.match_labels` gives, bit for bit, from one sort of the cells that are not zero.
+    """What `reference.match_labels` gives, bit for bit, from a sort of the cells that matter.
 
     Striking a row and a column never changes the order of the other cells, so walking once through all cells by falling
-    count, then by position, meets the same maxima. Only those cells leave a GPU.
+    count, then by position, meets the same maxima. First the cells that are not below every class's largest, which are few
+    and mostly enough; then, for the classes that are still open, all that are not zero. Only those cells leave a GPU.
     """
     sources, targets = counts.shape
+    index, free = np.full(targets, -1, dtype=np.int64), np.ones(sources, dtype=bool)
+    if not targets:
+        return torch.from_numpy(index).to(counts.device)
+    if counts.is_cpu:
+        # Read as unsigned numbers, negative ones are the largest.
+        top = torch.from_numpy(counts.numpy().view(np.uint64).max(0).view(np.int64))
+    else:
+        top = torch.stack(counts.aminmax(dim=0)).cpu()
+    if bool((top < 0).any()):
+        raise ValueError(f"counts: expected no negative numbers, got {int(counts.min())}")
+    top = top[-1] if top.dim() == 2 else top
+    seen = top[top > 0]
+    if len(seen):
+        low = int(seen.min())
+        _walk(counts, np.arange(targets), low, index, free)
+        open_ = np.flatnonzero(index < 0)
+        if low > 1 and len(open_):
+            _walk(counts[:, torch.from_numpy(open_).to(counts.device)], open_, 1, index, free)
+    # Only zeros are left: the first one is the lowest free source with the lowest open target.
+    open_ = np.flatnonzero(index < 0)
+    index[open_] = np.flatnonzero(free)[: len(open_)]
+    return torch.from_numpy(index).to(counts.device)
+
+
+def _walk(counts: Tensor, columns: np.ndarray, low: int, index: np.ndarray, free: np.ndarray) -> None:
+    """Gives free sources to open targets by the cells from `low` on, the largest first; counts [S, columns]."""
     flat = counts.reshape(-1)
-    if flat.device.type == "cpu":
-        cells = np.flatnonzero(flat.numpy() != 0)  # NumPy's comparison and search are the fastest on a CPU
+    if flat.is_cpu:
+        cells = np.flatnonzero(flat.numpy() >= low)  # NumPy's comparison and search are the fastest on a CPU
         values = flat.numpy()[cells]
     else:
-        found = flat.nonzero()[:, 0]
+        found = (flat >= low).nonzero()[:, 0]
         cells, values = found.cpu().numpy(), flat[found].cpu().numpy()
-    if (values < 0).any():
-        raise ValueError(f"counts: expected no negative numbers, got {values.min()}")
     cells = cells[np.argsort(-values, kind="stable")]
-    index = np.full(targets, -1, dtype=np.int64)
-    free = np.ones(sources, dtype=bool)
-    start, step = 0, 2 * targets
-    while start < len(cells) and (index < 0).any():
+    start, step = 0, 2 * len(columns)
+    while start < len(cells) and (index[columns] < 0).any():
         part = cells[start : start + step]
-        source, target = part // targets, part % targets
+        source, target = part // len(columns), columns[part % len(columns)]
         alive = free[source] & (index[target] < 0)  # a Python loop over the few that are left
         for s, t in zip(source[alive].tolist(), target[alive].tolist(), strict=True):
             if free[s] and index[t] < 0:
                 index[t], free[s] = s, False
         start, step = start + step, 2 * step
-    # Only zeros are left: the first one is the lowest free source with the lowest open target.
-    open_ = np.flatnonzero(index < 0)
-    index[open_] = np.flatnonzero(free)[: len(open_)]
-    return torch.from_numpy(index).to(counts.device)
 
 
 def match_optimally(counts: Tensor) -> Tensor:

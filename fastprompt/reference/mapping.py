@@ -169,7 +169,7 @@ def _reduce_segments(
         size = size.clamp(max=k)
         exists = place[:k] < size[..., None]
     if logarithms or reduce == "logsumexp":
-        out = _log_sum_exp(torch.where(exists, found, -torch.inf), weights)
+        out = log_sum_exp(torch.where(exists, found, -torch.inf), weights)
         return out - size.to(out.dtype).log() if reduce in ("mean", "top-k mean") else out
     if weights is not None:
         found = found * weights
@@ -177,7 +177,7 @@ def _reduce_segments(
     return out / size if reduce in ("mean", "top-k mean") else out
 
 
-def _log_sum_exp(x: Tensor, weights: Tensor | None) -> Tensor:
+def log_sum_exp(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """log(sum of weights * exp(x)) over the last axis; -inf, and no gradient, where nothing is summed."""
     if weights is not None:
         x = torch.where(weights == 0, -torch.inf, x)
