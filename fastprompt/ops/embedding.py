@@ -88,8 +88,9 @@ def run_of(ids: Tensor, index: Tensor | None, lengths: Tensor | None, prompts: i
 
 
 def joins(run: Run, ids: Tensor, width: int) -> bool:
-    """Whether PyTorch's own joining is the best: up to 4 MB of float32, where host cost decides (measured)."""
-    return run.stop > run.start and ids.numel() * width <= 2**20
+    """Whether PyTorch's own joining is the best: of little, where host cost decides, and of much that is soft (measured)."""
+    size = run.stop - run.start
+    return size > 0 and (ids.numel() * width <= 2**20 or 3 * size > ids.shape[1])
 
 
 def joined(ids: Tensor, vocab: Tensor, soft: Tensor, index: Tensor | None, run: Run) -> Tensor:
