@@ -241,7 +241,7 @@ def _parts(model: nn.Module) -> tuple[Any, list[nn.Module]]:
     config = model.config
     pair = config.is_encoder_decoder and {"encoder", "decoder"} <= {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if pair or getattr(config, "add_cross_attention", False):
-        raise Inexact(f"{type(model).__name__}: cross attention, where a prefix has no place; its encoder alone has none")
+        raise Inexact(f"{type(model).__name__}: cross attention, where a prefix has no place")
     count = getattr(config, "num_hidden_layers", 0)
     lists = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     lists = [part for part in lists if len({type(block) for block in part}) == 1 and _passes_on(part[0])]
@@ -382,6 +382,8 @@ class Wiring:
         """Every call of the model reads what `source` says of the call's arguments; None: nothing."""
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            if module is not self.base:
+                raise Inexact(f"{type(module).__name__}: a copy of a model with a prompt; take the prompt out before copying")
             if self.busy:
                 return None
             kwargs, self.tokens, self.given, self.busy = _named(module, args, kwargs), None, None, True

@@ -460,6 +460,8 @@ def test_a_failing_call_leaves_nothing():
     assert torch.equal(model(words()).logits, want)
     with pytest.raises(RuntimeError), handle.disabled():
         raise RuntimeError
+    with pytest.raises(Inexact, match="a copy of a model with a prompt"):
+        copy.deepcopy(model)(words())
     assert torch.equal(model(words()).logits, want)
     handle.detach()
     assert traces(model) == before

@@ -8,6 +8,7 @@ this file alone: transformers too would import that torchvision.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -282,6 +283,8 @@ def test_what_the_calls_refuse():
     model.blocks[1].mask = None
     with pytest.raises(RuntimeError):
         model(rows()[..., :16])
+    with pytest.raises(Inexact, match="part of a copy of a model with a prompt"):
+        copy.deepcopy(model)(rows())
     model.checkpointed = True
     with pytest.raises(Inexact, match="run again by backward"):
         model(rows()).sum().backward()

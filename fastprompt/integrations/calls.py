@@ -43,6 +43,8 @@ class Calls:
         """Every run of the blocks reads what `source` says; None: nothing."""
 
         def run(place: int, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if block is not self.blocks[place]:
+                raise Inexact(f"{type(block).__name__}: part of a copy of a model with a prompt; detach before copying")
             if torch._C._current_graph_task_id() != -1:
                 raise Inexact(f"{type(block).__name__}: run again by backward (gradient checkpointing), where its prompt is gone")
             if place == 0:

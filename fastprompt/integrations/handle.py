@@ -59,7 +59,7 @@ def attach(
 
 
 class Attached:
-    """What `attach` did: `print` says it, `detach` undoes it. One thread at a time runs the model.
+    """What `attach` did: `print` says it, `detach` undoes it. One thread at a time runs the model; a copy of it is refused.
 
     Attributes:
         model: the model.
