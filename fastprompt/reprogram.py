@@ -118,11 +118,12 @@ class Reprogrammed(nn.Module):
             if threading.get_ident() == thread:
                 raise _HeadReached(arguments[0])
 
+        def watch(layer: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
+            if threading.get_ident() == thread:
+                given.append((arguments[0], out))
+
         head = self.model.get_submodule(str(self.head))
-        if self._head_is_last:
-            hook = head.register_forward_pre_hook(stop)
-        else:
-            hook = head.register_forward_hook(lambda layer, arguments, out: given.append((arguments[0], out)))
+        hook = head.register_forward_pre_hook(stop) if self._head_is_last else head.register_forward_hook(watch)
         try:
             out = self.model(x)
         except _HeadReached as reached:
