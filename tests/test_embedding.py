@@ -172,9 +172,10 @@ def test_the_common_places_at_sizes_that_take_every_cpu_path(impl, size, where, 
 
 
 def test_only_a_run_is_taken_for_one():
-    def run(rows, **options):
-        given = {"index": None, "lengths": None, "prompts": 1, "slots": 3, "words": 9} | options
-        return ops.run_of(torch.tensor(rows), **given)
+    def run(rows, index=None):
+        ids = torch.tensor(rows)
+        found = ops.run_of(ids, index, slots=3)
+        return found if found is not None and ops.surrounds(found, ids, words=9) else None
 
     assert run([[5, -1, -2, 5], [5, -1, -2, 0]]) == (1, 3, 0)
     assert run([[-2, -3, 5, 5]]) == (0, 2, 1)
@@ -182,12 +183,11 @@ def test_only_a_run_is_taken_for_one():
     for rows in (
         [[-1, -2, 5, 5], [-1, 5, -2, 5]], [[-2, -1]], [[-1, 5, -2]], [[-1, -1]], [[-1, 5], [5, -1]], [[-3, -4]], [[-1, 9]],
         [[-1, PADDING]], [[PADDING]], [[-1, 5, 5], [-1, 5, -1]], [[5, -1], [-1, -2]], [[-1, -2], [-1, 5], [-1, 5]],
+        [[-1, 5], [-1, PADDING]], [[5, 5], [5, -1]], [[-2, 5, -1]], [[-(2**63), -1]], [[-1, -(2**63)]],
     ):  # fmt: skip
         assert run(rows) is None, rows
-    assert run([[-1, 5]], index=torch.tensor([1]), prompts=2) == (0, 1, 0)
-    assert run([[-1, 5]], index=torch.tensor([-1]), prompts=2) is None
-    assert run([[-1, 5]], index=torch.tensor([2]), prompts=2) is None
-    assert run([[-1, 5]], lengths=torch.tensor([0])) is None
+    assert run([[-1, 5]], index=torch.tensor([1])) == (0, 1, 0)
+    assert run([[-1, 5]], index=torch.tensor([-1])) is None
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -314,10 +314,8 @@ def test_an_id_out_of_range_is_a_row_of_nan_where_values_are_not_looked_at(path,
     elif path == "cpu" and device.type == "cuda":
         return
     else:
-        out = torch.ops.fastprompt.soft_gather(*tensors, *rest, (), path == "kernels")
-        d = torch.ops.fastprompt.soft_gather_gradient(
-            g.to(device), tensors[0], rest[0], None, 2, 4, 1.0, F32, (), path == "kernels"
-        )
+        out = torch.ops.fastprompt.soft_gather(*tensors, *rest, path == "kernels")
+        d = torch.ops.fastprompt.soft_gather_gradient(g.to(device), tensors[0], rest[0], None, 2, 4, 1.0, F32, path == "kernels")
     assert bool(out[1, 2].isnan().all())
     assert int(out.isnan().any(-1).sum()) == 1
     check_bits(out, want.float().to(device))
@@ -336,7 +334,7 @@ def test_an_index_out_of_range_spoils_its_soft_tokens_alone(path, device):
     elif path == "cpu" and device.type == "cuda":
         return
     else:
-        out = torch.ops.fastprompt.soft_gather(*tensors, *rest, (), path == "kernels")
+        out = torch.ops.fastprompt.soft_gather(*tensors, *rest, path == "kernels")
     want = torch.stack([vocab[3], soft[0, 0], torch.zeros(9), *[soft[0, 0] * torch.nan] * 3, *vocab[1:4]]).view(3, 3, 9)
     want[1, 1] = vocab[4]
     check_bits(out, want.to(device))
@@ -448,10 +446,10 @@ def test_offsets_beyond_32_bits(device):
     index = torch.tensor([2, 1])
 
     def both(ids, vocab, soft, positions, g):
-        rest = (index, None, positions, 1.0, F32, (), True)
+        rest = (index, None, positions, 1.0, F32, True)
         return (
             torch.ops.fastprompt.soft_gather(ids, vocab, soft, *rest),
-            torch.ops.fastprompt.soft_gather_gradient(g, ids, index, None, 3, 3, 1.0, F32, (), True),
+            torch.ops.fastprompt.soft_gather_gradient(g, ids, index, None, 3, 3, 1.0, F32, True),
         )
 
     want = both(**held)
@@ -473,12 +471,12 @@ def test_opcheck(triton, device):
         triton = True
     ids, vocab, soft = (t.to(device) for t in (some_ids(4, 6, 11, 3), rand(11, 8), rand(2, 3, 8)))
     index, lengths = torch.tensor([1, 0, -1, 1], device=device), torch.tensor([3, 2], device=device)
-    everything, nothing = (index, lengths, rand(7, 8).to(device), 2.0, BF16, ()), (None, None, None, 1.0, F32, ())
+    everything, nothing = (index, lengths, rand(7, 8).to(device), 2.0, BF16), (None, None, None, 1.0, F32)
     turned = vocab.T.contiguous().T, soft[:1].transpose(1, 2).contiguous().transpose(1, 2)
     for tables, options in (((vocab, soft), everything), (turned, nothing)):
         torch.library.opcheck(torch.ops.fastprompt.soft_gather, (ids, *tables, *options, triton))
     g = rand(4, 6, 8, dtype=BF16).to(device)
-    torch.library.opcheck(torch.ops.fastprompt.soft_gather_gradient, (g, ids, index, lengths, 2, 3, 2.0, F32, (), triton))
+    torch.library.opcheck(torch.ops.fastprompt.soft_gather_gradient, (g, ids, index, lengths, 2, 3, 2.0, F32, triton))
 
 
 @pytest.mark.parametrize("impl", [pytest.param("torch", marks=pytest.mark.slow), "auto", TRITON])
