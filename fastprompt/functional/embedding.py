@@ -138,14 +138,12 @@ def place_prompt(
         check_labels("lengths", lengths, batch)
         check_range("lengths", lengths, length + 1)
     same_device(ids, mask=mask, lengths=lengths, where=where if isinstance(where, Tensor) else None)
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     if isinstance(where, str) and lengths is None and mask is None:
         at = {"front": 0, "after bos": min(1, count), "suffix": count}[where]
         slots = torch.arange(-1 - first, -1 - first - length, -1, device=ids.device).expand(batch, -1)
-        return (
-            torch.cat([ids[:, :at], slots, ids[:, at:]], 1),
-            torch.cat([kept[:, :at], kept.new_ones((batch, length)), kept[:, at:]], 1),
-        )
+        pieces = [ids[:, :at], slots, ids[:, at:]] if at else [slots, ids]
+        return torch.cat(pieces, 1), ids.new_ones((batch, count + length), dtype=torch.bool)
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     start = _start_of(where, kept) if isinstance(where, str) else where
     size = torch.full_like(start, length) if lengths is None else lengths
     place = torch.arange(count + length, device=ids.device) - (length - size if padding == "left" else size * 0)[:, None]

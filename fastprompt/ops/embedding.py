@@ -112,11 +112,12 @@ def way(run: Run, ids: Tensor, width: int) -> str:
 
 def joined(ids: Tensor, vocab: Tensor, soft: Tensor, index: Tensor | None, run: Run) -> Tensor:
     """The rows of a run and of the words around it, by operators that PyTorch differentiates."""
+    batch, length = ids.shape
     rows = run.rows(soft, index)
-    pieces = [rows if len(rows) == len(ids) else rows.expand(len(ids), -1, -1)]
+    pieces = [rows if rows.shape[0] == batch else rows.expand(batch, -1, -1)]
     if run.start:
         pieces.insert(0, torch.embedding(vocab, ids[:, : run.start]))
-    if run.stop < ids.shape[1]:
+    if run.stop < length:
         pieces.append(torch.embedding(vocab, ids[:, run.stop :]))
     return torch.cat(pieces, 1)
 
