@@ -126,8 +126,8 @@ def test_every_token_is_its_row(impl, size, dtype, device):
     soft = rand(prompts, slots, width, seed=1)
     index = torch.arange(batch) % (prompts + 1) - 1  # -1: no prompt
     lengths = torch.arange(prompts) % (slots + 1)
-    if dtype == F32:
-        agree(impl, device, ids, vocab, soft, prompt_index=index)
+    if impl != "triton":  # the interpreter is slow, and the next call has an index too
+        agree(impl, device, ids, vocab, soft.to(dtype), prompt_index=index)
     agree(impl, device, ids, vocab, soft.to(dtype), prompt_index=index, soft_lengths=lengths, scale=2.0)
     if prompts == 1:
         agree(impl, device, ids, vocab, soft[0])
@@ -250,7 +250,8 @@ def test_layouts(impl, device):
         for operands in [every] if impl == "triton" else [every, *changed]:  # the interpreter is slow
             for got, true in zip(both(*operands), want, strict=True):
                 check_bits(got, true, name)
-    for g in (torch.ones(1, 1, 1), rand(1, 1, 9), rand(3, 1, 1)):  # stride 0, as a sum's gradient has
+    strided_0 = (rand(3, 1, 1), rand(1, 1, 9), torch.ones(1, 1, 1))  # as a sum's gradient is
+    for g in strided_0[2:] if impl == "triton" else strided_0:
         wide = g.to(device).expand(3, 3, 9)
         check_bits(both(*given[:-1], wide)[1], both(*given[:-1], wide.contiguous())[1], "expanded gradient")
     row = ids[:1].to(device).expand(3, 3)
