@@ -1,7 +1,8 @@
 """Operators of the embedding family: schemas, CUDA and CPU implementations, fakes and the `autograd.Function`.
 
-On CUDA tensors the Triton kernels run. On CPU tensors PyTorch's own row gather does, over the whole result, into which the
-soft rows are then written; with impl="triton" the kernels run there too, in Triton's interpreter.
+On CUDA tensors the Triton kernels run. On CPU tensors PyTorch's own row gather does: over the whole result, into which the soft
+rows are then written, or, where all samples hold the same soft tokens at the same places, in one of the ways of `way`. With
+impl="triton" the kernels run there too, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _WRITTEN = 1 << 15  # numbers of a sample's words
 
 
 class Run(NamedTuple):
-    """Where every sample of a batch holds the same rising soft tokens, and no other ones."""
+    """Where every sample of a batch holds the same soft tokens, one after the other. What stands around them are words."""
 
     start: int
     stop: int
@@ -73,7 +74,7 @@ class Run(NamedTuple):
 
 
 def run_of(ids: Tensor, index: Tensor | None, slots: int) -> Run | None:
-    """The run of a batch on a CPU, if there is one. The ids around it are not looked at. NumPy has the least host cost."""
+    """The run of a batch on a CPU, if it has one; not whether words stand around it. NumPy has the least host cost."""
     values = ids.numpy()
     if not values.size or (index is not None and int(index.min()) < 0):
         return None
