@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 
@@ -50,11 +51,15 @@ MODULES = {
 }  # fmt: skip
 
 
+def made(name):
+    torch.manual_seed(0)
+    make, call = MODULES[name]
+    return name, make().eval(), call
+
+
 @pytest.fixture(params=MODULES)
 def named(request):
-    torch.manual_seed(0)
-    make, call = MODULES[request.param]
-    return request.param, make().eval(), call
+    return made(request.param)
 
 
 # ---- Every module ----
@@ -88,8 +93,12 @@ def test_dtype_and_device_move(named):
     assert all(t.is_meta for t in (*module.parameters(), *module.buffers()))
 
 
-def test_compiles_without_graph_breaks(named):
-    name, module, call = named
+SLOW = ("prompt, mlp", "prompts, low rank", "map, sparse")  # others' operators, put together in another way
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODULES])
+def test_compiles_without_graph_breaks(name):
+    name, module, call = made(name)
     if "lstm" in name:
         with pytest.raises(Exception, match="LSTM"):  # PyTorch's own limit; the class says so
             torch.compile(call, fullgraph=True, backend="aot_eager")(module, vocabulary())
@@ -306,6 +315,7 @@ def test_wrong_arguments_are_named():
 # ---- Models by others ----
 
 
+@functools.cache
 def models():
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     torch.manual_seed(0)
@@ -315,8 +325,9 @@ def models():
     return {"llama": llama.eval().requires_grad_(False), "bert": bert.eval().requires_grad_(False)}
 
 
-@pytest.mark.parametrize("where", ["front", "after bos", "suffix"])
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("name", "where"), [("llama", "front"), ("llama", "after bos"), ("llama", "suffix"), ("bert", "after bos")]
+)
 def test_a_model_sees_plain_concatenation(name, where):
     model = models()[name]
     weight = model.get_input_embeddings().weight

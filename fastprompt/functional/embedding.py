@@ -6,6 +6,8 @@ first, -2 the second. `PADDING` is no token at all.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,38 +57,40 @@ def soft_gather(
             [V, d] large: `fastprompt.nn.TrainableTokens` trains single rows.
         RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one).
     """
-    _check_ids("ids", ids)
-    soft = _check_tables(vocab_weight, soft_weight, positions, ids.shape[1])
-    words, (prompts, slots, width) = len(vocab_weight), soft.shape
-    _check_prompts(ids, soft, prompt_index, soft_lengths)
-    same_device(
-        ids,
-        vocab_weight=vocab_weight,
-        soft_weight=soft,
-        prompt_index=prompt_index,
-        soft_lengths=soft_lengths,
-        positions=positions,
-    )
-    tables = [table for table in (vocab_weight, soft, positions) if table is not None]
-    wide = [table for table in tables if table.dtype == torch.float64]
-    path = path_of(impl, wide[0] if wide else vocab_weight)
-    if dtype is None:
-        dtype = vocab_weight.dtype
-    elif not dtype.is_floating_point:
-        raise bad("dtype", "a floating point dtype", dtype)
+    tensors = ids, vocab_weight, soft_weight, positions, prompt_index, soft_lengths
+    compiling = torch.compiler.is_compiling()
     factor = 1.0 if scale is None else float(scale)
-    run = None
-    if path == "auto" and ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        run = ops.run_of(ids, prompt_index, soft_lengths, prompts, slots, words)
-    if run is None:
-        _check_values(ids, words, slots)
-    elif factor == 1 and positions is None and dtype == vocab_weight.dtype == soft.dtype and ops.joins(run, ids, width):
-        return ops.joined(ids, vocab_weight, soft, prompt_index, run)
-    if path == "torch" or dtype == torch.float64:
-        return reference.soft_gather(ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, dtype)
-    return ops.SoftGather.apply(
-        ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, dtype, run or (), path == "triton"
-    )
+    if compiling:
+        s = _settings(*tensors, factor, dtype, impl)
+    else:
+        key = *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors], factor, dtype, impl
+        s = _known_settings.get(key) or _known(key, _settings(*tensors, factor, dtype, impl))
+    trained = torch.is_grad_enabled()
+    if trained:
+        for name, table in (("vocab_weight", vocab_weight), ("positions", positions)):
+            if table is not None and table.requires_grad:
+                raise bad(name, "a frozen table (detach it; nn.TrainableTokens trains single rows)", "requires_grad=True")
+        trained = soft_weight.requires_grad
+    soft = soft_weight if s.cube else soft_weight[None]
+    if prompt_index is not None:
+        check_range("prompt_index", prompt_index, s.prompts, ignored=-1)
+    if soft_lengths is not None:
+        check_range("soft_lengths", soft_lengths, s.slots + 1)
+    given = ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, s.dtype, s.path == "triton"
+    run = ops.run_of(ids, prompt_index, s.slots) if s.on_cpu and soft_lengths is None and not compiling else None
+    if run is not None:
+        way = ops.way(run, ids, s.width) if s.moves else "gather"
+        try:
+            if way == "join" and soft.dtype == s.dtype:
+                return ops.joined(ids, vocab_weight, soft, prompt_index, run)
+            if way == "write" or ops.surrounds(run, ids, s.words):
+                return ops.SoftGather.apply(*given, run) if trained else ops.forward(*given, run)
+        except IndexError:  # from PyTorch: not all around the run are words
+            pass
+    _check_values(ids, s.words, s.slots)
+    if s.path == "torch" or s.dtype == torch.float64:
+        return reference.soft_gather(*given[:-1])
+    return ops.SoftGather.apply(*given, None) if trained else ops.forward(*given, None)
 
 
 def place_prompt(
@@ -134,14 +138,12 @@ def place_prompt(
         check_labels("lengths", lengths, batch)
         check_range("lengths", lengths, length + 1)
     same_device(ids, mask=mask, lengths=lengths, where=where if isinstance(where, Tensor) else None)
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     if isinstance(where, str) and lengths is None and mask is None:
         at = {"front": 0, "after bos": min(1, count), "suffix": count}[where]
         slots = torch.arange(-1 - first, -1 - first - length, -1, device=ids.device).expand(batch, -1)
-        return (
-            torch.cat([ids[:, :at], slots, ids[:, at:]], 1),
-            torch.cat([kept[:, :at], kept.new_ones((batch, length)), kept[:, at:]], 1),
-        )
+        pieces = [ids[:, :at], slots, ids[:, at:]] if at else [slots, ids]
+        return torch.cat(pieces, 1), ids.new_ones((batch, count + length), dtype=torch.bool)
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     start = _start_of(where, kept) if isinstance(where, str) else where
     size = torch.full_like(start, length) if lengths is None else lengths
     place = torch.arange(count + length, device=ids.device) - (length - size if padding == "left" else size * 0)[:, None]
@@ -218,33 +220,63 @@ def _check_ids(argument: str, ids: Tensor) -> None:
         raise bad(argument, "[B, T]", list(ids.shape))
 
 
-def _check_tables(vocab: Tensor, soft: Tensor, positions: Tensor | None, length: int) -> Tensor:
-    """The soft tokens as [N, P, d]."""
+class _Settings(NamedTuple):
+    """What a call is, from everything about it but values."""
+
+    path: str
+    dtype: torch.dtype
+    words: int
+    prompts: int
+    slots: int
+    width: int
+    cube: bool  # the soft tokens came as [N, P, d]
+    on_cpu: bool  # the fused path of a CPU
+    moves: bool  # the vocabulary's rows are moved as they are
+
+
+_known_settings: dict[Any, _Settings] = {}
+
+
+def _known(key: Any, s: _Settings) -> _Settings:
+    """Equal calls are checked once: what the checks cost is felt in a small call."""
+    if len(_known_settings) >= 1024:
+        _known_settings.clear()
+    _known_settings[key] = s
+    return s
+
+
+def _settings(
+    ids: Tensor, vocab: Tensor, soft: Tensor, positions: Tensor | None, index: Tensor | None, lengths: Tensor | None,
+    scale: float, dtype: torch.dtype | None, impl: str,
+) -> _Settings:  # fmt: skip
+    _check_ids("ids", ids)
+    batch, length = ids.shape
     for name, table in (("vocab_weight", vocab), ("soft_weight", soft), ("positions", positions)):
         if table is not None and not table.is_floating_point():
             raise TypeError(f"{name}: expected a floating point dtype, got {table.dtype}")
-        if table is not None and name != "soft_weight" and table.requires_grad and torch.is_grad_enabled():
-            raise bad(name, "a frozen table (detach it; nn.TrainableTokens trains single rows)", "requires_grad=True")
     if vocab.dim() != 2 or not vocab.numel():
         raise bad("vocab_weight", "[V, d] with at least one row and column", list(vocab.shape))
-    width = vocab.shape[1]
+    words, width = vocab.shape
     if soft.dim() not in (2, 3) or soft.shape[-1] != width:
         raise bad("soft_weight", f"[N, P, {width}] or [P, {width}]", list(soft.shape))
     if positions is not None and (positions.dim() != 2 or positions.shape[0] < length or positions.shape[1] != width):
         raise bad("positions", f"[{length} or more, {width}]", list(positions.shape))
-    return soft if soft.dim() == 3 else soft[None]
-
-
-def _check_prompts(ids: Tensor, soft: Tensor, index: Tensor | None, lengths: Tensor | None) -> None:
-    prompts = soft.shape[0]
+    prompts, slots = (1, *soft.shape)[-3:-1]
     if index is not None:
-        check_labels("prompt_index", index, ids.shape[0])
-        check_range("prompt_index", index, prompts, ignored=-1)
-    elif prompts not in (1, ids.shape[0]):
-        raise bad("soft_weight", f"1 or {ids.shape[0]} prompts without a prompt_index", f"{prompts} prompts")
+        check_labels("prompt_index", index, batch)
+    elif prompts not in (1, batch):
+        raise bad("soft_weight", f"1 or {batch} prompts without a prompt_index", f"{prompts} prompts")
     if lengths is not None:
         check_labels("soft_lengths", lengths, prompts)
-        check_range("soft_lengths", lengths, soft.shape[1] + 1)
+    same_device(ids, vocab_weight=vocab, soft_weight=soft, prompt_index=index, soft_lengths=lengths, positions=positions)
+    wide = [table for table in (vocab, soft, positions) if table is not None and table.dtype == torch.float64]
+    path = path_of(impl, wide[0] if wide else vocab)
+    dtype = vocab.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise bad("dtype", "a floating point dtype", dtype)
+    on_cpu = path == "auto" and ids.device.type == "cpu" and dtype != torch.float64
+    moves = scale == 1 and positions is None and dtype == vocab.dtype
+    return _Settings(path, dtype, words, prompts, slots, width, soft.dim() == 3, on_cpu, moves)
 
 
 def _check_values(ids: Tensor, words: int, slots: int) -> None:

@@ -6,7 +6,6 @@ chooses each sample's. `fastprompt.hoist` makes one from a prompt, and puts one 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,38 +16,16 @@ from torch import Tensor, nn
 
 from fastprompt import functional
 from fastprompt.functional.checks import bad, check_labels, check_range, one_of, pair
+from fastprompt.nn._shared import Described, check_sizes, from_words
 from fastprompt.taxonomy import Format, Location, Operator, Place
 
 KeyValue = tuple[Tensor, Tensor]
 
 
-class _Prompt(nn.Module):
-    """What prompts on embeddings and hidden states share: printing, the constructor's arguments as data, the place."""
-
+class _Prompt(Described):
     @property
     def taxonomy(self) -> Place:
         return Place(Format.LEARNABLE, Location.HIDDEN, Operator.CONCATENATIVE)
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as JSON can hold them; given tensors are in the state."""
-        held = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if hasattr(self, name)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
-
-    def extra_repr(self) -> str:
-        shown = inspect.signature(type(self)).parameters
-        parts = [
-            f"{name}={value}"
-            for name, value in self.config().items()
-            if shown[name].default is inspect.Parameter.empty or value != shown[name].default
-        ]
-        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return ", ".join([*parts, f"trainable={trainable:,}"])
-
-
-def _sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise bad(name, "at least 1", size)
 
 
 def _probability(dropout: float) -> float:
@@ -102,7 +79,7 @@ class PrefixKV(_Prompt):
         width: int | None = None, frozen: int = 0, init: str | Sequence[KeyValue] = "normal", dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        _sizes(layers=layers, kv_heads=kv_heads, length=length, head_dim=head_dim, prompts=prompts)
+        check_sizes(layers=layers, kv_heads=kv_heads, length=length, head_dim=head_dim, prompts=prompts)
         self.layers, self.kv_heads, self.length, self.head_dim = layers, kv_heads, length, head_dim
         self.prompts, self.hidden, self.frozen = prompts, hidden, frozen
         self.dropout = _probability(dropout)
@@ -127,7 +104,7 @@ class PrefixKV(_Prompt):
         self.prefix = nn.Parameter(whole[..., frozen:, :].contiguous())
 
     def _reparameterise(self, hidden: int, width: int, frozen: int) -> None:
-        _sizes(hidden=hidden, width=width)
+        check_sizes(hidden=hidden, width=width)
         if frozen:
             raise bad("frozen", "0 with a reparameterisation", frozen)
         self.embedding = nn.Parameter(torch.empty(self.prompts, self.length, width))
@@ -214,7 +191,7 @@ class DeepPrompt(_Prompt):
         dropout: float = 0.0, per_sample: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        _sizes(layers=layers, length=length, width=width)
+        check_sizes(layers=layers, length=length, width=width)
         self.layers, self.length, self.width, self.shared = layers, length, width, shared
         self.which = None if which is None else tuple(which)
         prompted = range(layers) if self.which is None else self.which
@@ -224,7 +201,7 @@ class DeepPrompt(_Prompt):
         self.dropout = _probability(dropout)
         self.patch = None if patch is None else pair("patch", patch)
         inner = width if project is None else project
-        _sizes(project=inner)
+        check_sizes(project=inner)
         if project_each and project is None:
             raise bad("project_each", "False without a projection", project_each)
         self.prompt = nn.Parameter(torch.empty(1 if shared else len(prompted), length, inner))
@@ -275,7 +252,7 @@ class SoftPrompt(_Prompt):
 
     def __init__(self, length: int, width: int, *, prompts: int = 1, init: str | Tensor = "uniform") -> None:
         super().__init__()
-        _sizes(length=length, width=width, prompts=prompts)
+        check_sizes(length=length, width=width, prompts=prompts)
         self.length, self.width, self.prompts = length, width, prompts
         if isinstance(init, Tensor):
             if tuple(init.shape) not in ((length, width), (1, length, width), (prompts, length, width)):
@@ -296,18 +273,8 @@ class SoftPrompt(_Prompt):
         """Starts from rows of an embedding matrix [V, width]: those of a text's ids, repeated or cut to the length, or random
         rows (each prompt its own).
         """
-        if vocabulary.dim() != 2:
-            raise bad("vocabulary", "an embedding matrix [V, width]", list(vocabulary.shape))
-        _sizes(length=length, prompts=prompts)
-        if ids is None:
-            generator = torch.Generator().manual_seed(seed)
-            rows = torch.randint(len(vocabulary), (prompts, length), generator=generator)
-        else:
-            rows = torch.as_tensor(ids, dtype=torch.int64, device="cpu").flatten()
-            if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(vocabulary):
-                raise bad("ids", f"at least one, each from 0 to {len(vocabulary) - 1}", rows.tolist()[:8])
-            rows = rows.repeat(-(-length // len(rows)))[:length].expand(prompts, -1)
-        return cls(length, vocabulary.shape[1], prompts=prompts, init=vocabulary.detach()[rows.to(vocabulary.device)])
+        start = from_words(vocabulary, length, ids, prompts, seed)
+        return cls(length, vocabulary.shape[1], prompts=prompts, init=start)
 
     @property
     def taxonomy(self) -> Place:
@@ -340,7 +307,7 @@ class PromptAttention(nn.MultiheadAttention):
         self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, batch_first: bool = False,
         device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
-        _sizes(embed_dim=embed_dim, num_heads=num_heads)
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads)
         if embed_dim % num_heads:
             raise bad("embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
         super().__init__(

@@ -6,7 +6,6 @@ model that takes `inputs_embeds`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,33 +15,16 @@ from torch import Tensor, nn
 
 from fastprompt import functional
 from fastprompt.functional.checks import bad, check_range, one_of
+from fastprompt.nn._shared import Described, check_sizes, check_vocabulary, from_words
 from fastprompt.taxonomy import Format, Location, Operator, Place
 
 
-class _OnEmbeddings(nn.Module):
-    """What these modules share: printing, the constructor's arguments as data, the place."""
-
+class _OnEmbeddings(Described):
     operator = Operator.PARAMETRIC
 
     @property
     def taxonomy(self) -> Place:
         return Place(Format.LEARNABLE, Location.EMBEDDING, self.operator)
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as JSON can hold them; given tensors are in the state."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if hasattr(self, name)}
-
-    def extra_repr(self) -> str:
-        shown = inspect.signature(type(self)).parameters
-        parts = [f"{name}={value}" for name, value in self.config().items() if value != shown[name].default]
-        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return ", ".join([*parts, f"trainable={trainable:,}"])
-
-
-def _sizes(**sizes: int | None) -> None:
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise bad(name, "at least 1", size)
 
 
 def _started(shape: tuple[int, ...], init: str | Tensor) -> nn.Parameter:
@@ -55,16 +37,6 @@ def _started(shape: tuple[int, ...], init: str | Tensor) -> nn.Parameter:
     if not init.is_floating_point():
         raise bad("init", "floating point embeddings", init.dtype)
     return nn.Parameter(init.detach().expand(shape).clone())
-
-
-def _check_vocabulary(vocabulary: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
-    """The ids as int64 on the CPU."""
-    if vocabulary.dim() != 2:
-        raise bad("vocabulary", "an embedding matrix [V, width]", list(vocabulary.shape))
-    rows = torch.as_tensor(ids, dtype=torch.int64, device="cpu").flatten()
-    if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(vocabulary):
-        raise bad("ids", f"at least one, each from 0 to {len(vocabulary) - 1}", rows.tolist()[:8])
-    return rows
 
 
 class PromptTokens(_OnEmbeddings):
@@ -105,7 +77,7 @@ class PromptTokens(_OnEmbeddings):
         reparameterise: str | None = None, hidden: int | None = None, rank: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        _sizes(length=length, width=width, prompts=prompts, hidden=hidden, rank=rank)
+        check_sizes(length=length, width=width, prompts=prompts, hidden=hidden, rank=rank)
         self.length, self.width, self.prompts = length, width, prompts
         self.reparameterise, self.hidden, self.rank = reparameterise, hidden, rank
         self.lengths = None if lengths is None else list(lengths)
@@ -142,15 +114,7 @@ class PromptTokens(_OnEmbeddings):
         """Starts from rows of an embedding matrix [V, width]: those of a text's ids, repeated or cut to the length, or random
         rows (each prompt its own).
         """
-        _sizes(length=length, prompts=prompts)
-        if ids is None:
-            shape = (1 if options.get("rank") else prompts, length)
-            ids = torch.randint(len(vocabulary), shape, generator=torch.Generator().manual_seed(seed))
-            rows = _check_vocabulary(vocabulary, ids).view(shape)
-        else:
-            rows = _check_vocabulary(vocabulary, ids)
-            rows = rows.repeat(-(-length // len(rows)))[:length]
-        start = vocabulary.detach()[rows.to(vocabulary.device)]
+        start = from_words(vocabulary, length, ids, 1 if options.get("rank") else prompts, seed)
         return cls(length, vocabulary.shape[1], prompts=prompts, init=start, **options)
 
     def table(self) -> Tensor:
@@ -221,7 +185,7 @@ class TrainableTokens(_OnEmbeddings):
 
     def __init__(self, ids: Sequence[int] | Tensor, width: int, *, init: str | Tensor = "normal") -> None:
         super().__init__()
-        _sizes(width=width)
+        check_sizes(width=width)
         given = torch.as_tensor(ids, dtype=torch.int64, device="cpu").flatten()
         trained, order = given.sort()
         if not len(given) or int(trained[0]) < 0 or bool((trained.diff() == 0).any()):
@@ -237,7 +201,7 @@ class TrainableTokens(_OnEmbeddings):
     @classmethod
     def from_vocabulary(cls, vocabulary: Tensor, ids: Sequence[int] | Tensor) -> TrainableTokens:
         """Starts from the words' own rows of an embedding matrix [V, d]."""
-        rows = _check_vocabulary(vocabulary, ids)
+        rows = check_vocabulary(vocabulary, ids)
         return cls(rows, vocabulary.shape[1], init=vocabulary.detach()[rows.to(vocabulary.device)])
 
     def forward(
@@ -281,7 +245,7 @@ class EmbeddingMap(_OnEmbeddings):
         self, targets: int, sources: int, *, k: int | None = None, temperature: float | None = None, seed: int = 0
     ) -> None:  # fmt: skip
         super().__init__()
-        _sizes(targets=targets, sources=sources, k=k)
+        check_sizes(targets=targets, sources=sources, k=k)
         if k is not None and k > sources:
             raise bad("k", f"at most {sources}, the number of source words", k)
         if temperature is not None and (k is not None or not temperature > 0):
@@ -352,7 +316,7 @@ class PrototypeAttention(_OnEmbeddings):
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        _sizes(in_width=in_width, width=width, words=words, prototypes=prototypes, heads=heads, head_width=head_width)
+        check_sizes(in_width=in_width, width=width, words=words, prototypes=prototypes, heads=heads, head_width=head_width)
         if not 0 <= dropout < 1:
             raise bad("dropout", "a probability below 1", dropout)
         self.in_width, self.width, self.words, self.prototypes = in_width, width, words, prototypes

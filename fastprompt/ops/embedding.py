@@ -1,12 +1,15 @@
 """Operators of the embedding family: schemas, CUDA and CPU implementations, fakes and the `autograd.Function`.
 
-On CUDA tensors the Triton kernels run. On CPU tensors PyTorch's own row gather does, over the whole result, into which the
-soft rows are then written; with impl="triton" the kernels run there too, in Triton's interpreter.
+On CUDA tensors the Triton kernels run. On CPU tensors PyTorch's own row gather does: over the whole result, into which the soft
+rows are then written, or, where all samples hold the same soft tokens at the same places, in one of the ways of `way`. With
+impl="triton" the kernels run there too, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,25 +26,25 @@ if _runtime.HAS_TRITON:
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _library.define(
     "soft_gather(Tensor ids, Tensor vocab, Tensor soft, Tensor? index, Tensor? lengths, Tensor? positions, float scale, "
-    "ScalarType dtype, int[] run, bool triton) -> Tensor"
+    "ScalarType dtype, bool triton) -> Tensor"
 )
 _library.define(
     "soft_gather_gradient(Tensor g, Tensor ids, Tensor? index, Tensor? lengths, SymInt prompts, SymInt slots, float scale, "
-    "ScalarType dtype, int[] run, bool triton) -> Tensor"
+    "ScalarType dtype, bool triton) -> Tensor"
 )
 
 # ---- Triton ----
 
 
 def _forward_triton(  # type: ignore[no-untyped-def]
-    ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton
+    ids, vocab, soft, index, lengths, positions, scale, dtype, triton
 ) -> Tensor:
     launch = pick("gather", soft.shape[2], _runtime.arch(ids.device))
     return kernel_forward.soft_gather(ids, vocab, soft, index, lengths, positions, scale, dtype, PADDING, launch)
 
 
 def _gradient_triton(  # type: ignore[no-untyped-def]
-    g, ids, index, lengths, prompts, slots, scale, dtype, run, triton
+    g, ids, index, lengths, prompts, slots, scale, dtype, triton
 ) -> Tensor:
     arch = _runtime.arch(g.device)
     launches = pick("locate", slots, arch), pick("add", g.shape[2], arch), pick("add chunks", g.shape[2], arch)
@@ -51,10 +54,12 @@ def _gradient_triton(  # type: ignore[no-untyped-def]
 # ---- CPU ----
 
 _CHUNK = 1 << 20  # bytes of float32 that are computed at a time, so that they stay in the cache
+_JOINED = 1 << 20  # numbers of a result
+_WRITTEN = 1 << 15  # numbers of a sample's words
 
 
 class Run(NamedTuple):
-    """Where every sample of a batch holds the same rising soft tokens, and no other ones."""
+    """Where every sample of a batch holds the same soft tokens, one after the other. What stands around them are words."""
 
     start: int
     stop: int
@@ -62,46 +67,71 @@ class Run(NamedTuple):
 
     def rows(self, soft: Tensor, index: Tensor | None) -> Tensor:
         """The soft rows [1 or B, stop - start, d]."""
-        rows = soft[:, self.slot : self.slot + self.stop - self.start]
-        return rows if index is None else rows.index_select(0, index)
+        size = self.stop - self.start
+        if size != soft.shape[1]:  # a view costs as much as a small gather, and more in backward
+            soft = soft[:, self.slot : self.slot + size]
+        return soft if index is None else soft.index_select(0, index)
 
 
-def run_of(ids: Tensor, index: Tensor | None, lengths: Tensor | None, prompts: int, slots: int, words: int) -> Run | None:
-    """The run of a batch on a CPU, if that is all its soft tokens and every id is in range. NumPy has the least host cost."""
+def run_of(ids: Tensor, index: Tensor | None, slots: int) -> Run | None:
+    """The run of a batch on a CPU, if it has one; not whether words stand around it. NumPy has the least host cost."""
     values = ids.numpy()
-    if lengths is not None or not values.size:
+    if not values.size or (index is not None and int(index.min()) < 0):
         return None
-    if index is not None and (int(index.min()) < 0 or int(index.max()) >= prompts):
-        return None
-    known = int(np.count_nonzero(values.view(np.uint64) < words))  # a negative number is a large one without its sign
-    size, rest = divmod(values.size - known, len(values))
-    if rest:
-        return None
+    row = values[0]
+    size = int(np.count_nonzero(row < 0))
     if not size:
         return Run(0, 0, 0)
-    start = int((values[0] < 0).argmax())
-    slot = -1 - int(values[0, start])
-    held = values[:, start : start + size]
-    if slot < 0 or slot + size > slots or held.shape[1] < size:
+    stop = int(row.argmin()) + 1  # the last soft token is the least id
+    first = int(row[stop - size])
+    if stop < size or first >= 0 or size - 1 - first > slots:
         return None
-    return Run(start, start + size, slot) if (held == np.arange(-1 - slot, -1 - slot - size, -1)).all() else None
+    held = values[:, stop - size : stop].tobytes()
+    return Run(stop - size, stop, -1 - first) if held == _falling(first, size, len(values)) else None
 
 
-def joins(run: Run, ids: Tensor, width: int) -> bool:
-    """Whether PyTorch's own joining is the best: of little, where host cost decides, and of much that is soft (measured)."""
-    size = run.stop - run.start
-    return size > 0 and (ids.numel() * width <= 2**20 or 3 * size > ids.shape[1])
+@lru_cache(maxsize=16)
+def _falling(first: int, size: int, batch: int) -> bytes:
+    return np.arange(first, first - size, -1).tobytes() * batch
+
+
+def surrounds(run: Run, ids: Tensor, words: int) -> bool:
+    """Whether all ids around a run are words."""
+    known = np.count_nonzero(ids.numpy().view(np.uint64) < words)  # a negative number is a large one without its sign
+    return bool(known == ids.numel() - len(ids) * (run.stop - run.start))
+
+
+def way(run: Run, ids: Tensor, width: int) -> str:
+    """How rows are moved best (measured). "join" them by PyTorch's operators: little, where the host's cost decides, and much
+    that is soft. "write" each sample's to its place: many of one sample. "gather" all and write the soft ones over them.
+    """
+    length, size = ids.shape[1], run.stop - run.start
+    if size and (length - size) * width >= _WRITTEN:
+        return "write"
+    return "join" if size and (ids.numel() * width <= _JOINED or 3 * size > length) else "gather"
 
 
 def joined(ids: Tensor, vocab: Tensor, soft: Tensor, index: Tensor | None, run: Run) -> Tensor:
     """The rows of a run and of the words around it, by operators that PyTorch differentiates."""
+    batch, length = ids.shape
     rows = run.rows(soft, index)
-    pieces = [rows if len(rows) == len(ids) else rows.expand(len(ids), -1, -1)]
+    pieces = [rows if rows.shape[0] == batch else rows.expand(batch, -1, -1)]
     if run.start:
         pieces.insert(0, torch.embedding(vocab, ids[:, : run.start]))
-    if run.stop < ids.shape[1]:
+    if run.stop < length:
         pieces.append(torch.embedding(vocab, ids[:, run.stop :]))
     return torch.cat(pieces, 1)
+
+
+def _written(ids: Tensor, vocab: Tensor, soft: Tensor, index: Tensor | None, run: Run) -> Tensor:
+    """The same, each row written once to its place: much for each sample, where memory decides."""
+    out = vocab.new_empty((*ids.shape, vocab.shape[1]))
+    out[:, run.start : run.stop] = run.rows(soft, index)
+    for part in (slice(0, run.start), slice(run.stop, ids.shape[1])):
+        if part.start < part.stop:
+            for row, words in zip(out[:, part].unbind(0), ids[:, part].unbind(0), strict=True):
+                torch.index_select(vocab, 0, words, out=row)
+    return out
 
 
 def _readers(
@@ -123,15 +153,17 @@ def _readers(
 
 
 def _forward_cpu(  # type: ignore[no-untyped-def]
-    ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton
+    ids, vocab, soft, index, lengths, positions, scale, dtype, triton, run=None
 ) -> Tensor:
     if triton:
-        return _forward_triton(ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton)
+        return _forward_triton(ids, vocab, soft, index, lengths, positions, scale, dtype, triton)
     length, width = ids.shape[1], soft.shape[2]
+    computes = scale != 1 or positions is not None
+    if run and not computes and dtype == vocab.dtype and way(run, ids, width) == "write":
+        return _written(ids, vocab, soft.detach(), index, run)
     flat, soft = ids.reshape(-1), soft.detach()
     words = flat.clamp(0, len(vocab) - 1)
     inner = torch.promote_types(dtype, torch.float32)
-    computes = scale != 1 or positions is not None
     if not computes:
         out = vocab.index_select(0, words).to(dtype)
     else:
@@ -142,12 +174,11 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
             table = None if positions is None else positions[:length]
             out[first : first + step] = _computed(rows, table, scale).view(-1, width)
     if run:
-        found = Run(*run)
-        rows = found.rows(soft, index)
+        rows = run.rows(soft, index)
         if computes:
-            table = None if positions is None else positions[found.start : found.stop]
+            table = None if positions is None else positions[run.start : run.stop]
             rows = _computed(rows.to(inner, copy=True), table, scale)
-        out.view(*ids.shape, width)[:, found.start : found.stop] = rows
+        out.view(*ids.shape, width)[:, run.start : run.stop] = rows
         return out.view(*ids.shape, width)
     place, row, nothing, wrong = _readers(ids, index, lengths, *soft.shape[:2])
     rows = soft.reshape(-1, width).index_select(0, row)
@@ -171,12 +202,15 @@ def _computed(rows: Tensor, positions: Tensor | None, scale: float) -> Tensor:
 
 
 def _gradient_cpu(  # type: ignore[no-untyped-def]
-    g, ids, index, lengths, prompts, slots, scale, dtype, run, triton
+    g, ids, index, lengths, prompts, slots, scale, dtype, triton, run=None
 ) -> Tensor:
     if triton:
-        return _gradient_triton(g, ids, index, lengths, prompts, slots, scale, dtype, run, triton)
+        return _gradient_triton(g, ids, index, lengths, prompts, slots, scale, dtype, triton)
     width = g.shape[2]
     inner = torch.promote_types(dtype, torch.float32)
+    if run and prompts == 1 and index is None and run.stop - run.start == slots:
+        d = torch.sum(g[:, run.start : run.stop], 0, keepdim=True, dtype=inner)
+        return (d if scale == 1 else d.mul_(scale)).to(dtype)
     d = torch.zeros((prompts, slots, width), dtype=inner)
     if run:
         start, stop, slot = run
@@ -198,13 +232,13 @@ def _gradient_cpu(  # type: ignore[no-untyped-def]
 
 
 def _forward_fake(  # type: ignore[no-untyped-def]
-    ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton
+    ids, vocab, soft, index, lengths, positions, scale, dtype, triton
 ) -> Tensor:
     return ids.new_empty((*ids.shape, soft.shape[2]), dtype=dtype)
 
 
 def _gradient_fake(  # type: ignore[no-untyped-def]
-    g, ids, index, lengths, prompts, slots, scale, dtype, run, triton
+    g, ids, index, lengths, prompts, slots, scale, dtype, triton
 ) -> Tensor:
     return g.new_empty((prompts, slots, g.shape[2]), dtype=dtype)
 
@@ -217,18 +251,30 @@ for _name, _triton, _cpu, _fake in (
     _library.impl(_name, _cpu, "CPU")
     torch.library.register_fake(f"fastprompt::{_name}", _fake, lib=_library)
 
-_forward = torch.ops.fastprompt.soft_gather.default
-_gradient = torch.ops.fastprompt.soft_gather_gradient.default
+
+def _direct(operator: Any, on_cpu: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator, with the run that `run_of` found. Eager calls on a CPU skip the dispatcher, which knows of no run."""
+
+    def call(first: Tensor, *given: Any) -> Tensor:
+        if first.is_cpu and not torch.compiler.is_compiling():
+            return on_cpu(first, *given)
+        return operator(first, *given[:-1])
+
+    return call
+
+
+forward = _direct(torch.ops.fastprompt.soft_gather.default, _forward_cpu)
+_gradient = _direct(torch.ops.fastprompt.soft_gather_gradient.default, _gradient_cpu)
 
 
 class SoftGather(torch.autograd.Function):
     """`soft_gather` by the fused paths, with a gradient for the soft rows alone. run: what `run_of` found, if it did."""
 
     @staticmethod
-    def forward(ctx, ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton):  # type: ignore[no-untyped-def]
+    def forward(ctx, ids, vocab, soft, index, lengths, positions, scale, dtype, triton, run):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(ids, index, lengths)
-        ctx.settings = *soft.shape[:2], scale, soft.dtype, run, triton
-        return _forward(ids, vocab, soft, index, lengths, positions, scale, dtype, run, triton)
+        ctx.settings = *soft.shape[:2], scale, soft.dtype, triton, run
+        return forward(ids, vocab, soft, index, lengths, positions, scale, dtype, triton, run)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]

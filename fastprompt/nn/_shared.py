@@ -1,0 +1,55 @@
+"""What modules of several families share: the constructor's arguments as data, printing, sizes, starts from a vocabulary."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt.functional.checks import bad
+
+
+class Described(nn.Module):
+    """A module that holds its constructor's arguments under their names."""
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON can hold them; given tensors are in the state."""
+        held = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if hasattr(self, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
+
+    def extra_repr(self) -> str:
+        shown = inspect.signature(type(self)).parameters
+        parts = [f"{name}={value}" for name, value in self.config().items() if value != shown[name].default]
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return ", ".join([*parts, f"trainable={trainable:,}"])
+
+
+def check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise bad(name, "at least 1", size)
+
+
+def check_vocabulary(vocabulary: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
+    """Ids of rows of an embedding matrix, as int64 [K] on the CPU."""
+    if vocabulary.dim() != 2:
+        raise bad("vocabulary", "an embedding matrix [V, width]", list(vocabulary.shape))
+    rows = torch.as_tensor(ids, dtype=torch.int64, device="cpu").flatten()
+    if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(vocabulary):
+        raise bad("ids", f"at least one, each from 0 to {len(vocabulary) - 1}", rows.tolist()[:8])
+    return rows
+
+
+def from_words(vocabulary: Tensor, length: int, ids: Sequence[int] | Tensor | None, prompts: int, seed: int) -> Tensor:
+    """Rows of an embedding matrix to start prompts from: a text's, repeated or cut, [P, width], or random ones [N, P, width]."""
+    check_sizes(length=length, prompts=prompts)
+    if ids is None:
+        ids = torch.randint(len(vocabulary), (prompts, length), generator=torch.Generator().manual_seed(seed))
+        rows = check_vocabulary(vocabulary, ids).view(prompts, length)
+    else:
+        rows = check_vocabulary(vocabulary, ids)
+        rows = rows.repeat(-(-length // len(rows)))[:length]
+    return vocabulary.detach()[rows.to(vocabulary.device)]
