@@ -174,9 +174,9 @@ def map_labels(
         ValueError, TypeError: what was expected and what came.
         RuntimeError: a second derivative of the kernels is asked for (impl="torch" has one).
     """
-    if map_id is prior is k is None and impl == "auto":
+    if map_id is prior is None and impl == "auto":
         try:
-            if (out := ops.quick(scores, labels, reduce, of)) is not None:
+            if (out := ops.quick(scores, labels, reduce, of, k)) is not None:
                 return out
         except _REFUSED:
             pass  # what follows says why
@@ -244,9 +244,9 @@ def mapped_cross_entropy(
         ValueError, TypeError: what was expected and what came.
         RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one).
     """
-    if map_id is prior is k is weight is None and impl == "auto" and renormalize and not focal and reduction in ops.REDUCTIONS:
+    if map_id is prior is weight is None and impl == "auto" and renormalize and not focal and reduction in ops.REDUCTIONS:
         try:
-            if target.dtype is torch.int64 and (out := ops.quick(scores, labels, reduce, of, True)) is not None:
+            if target.dtype is torch.int64 and (out := ops.quick(scores, labels, reduce, of, k, True)) is not None:
                 return ops.cross_entropy(out, target, None, ops.REDUCTIONS[reduction], ignore_index, label_smoothing)
         except _REFUSED:
             pass  # what follows says why

@@ -467,7 +467,9 @@ def _map_segments_cpu(
     return MapSegments.apply(*given, loss)
 
 
-def quick(scores: Tensor, labels: Labels | None, reduce: str | None, of: str, relative: bool = False) -> Tensor | None:
+def quick(
+    scores: Tensor, labels: Labels | None, reduce: str | None, of: str, k: int | None, relative: bool = False
+) -> Tensor | None:  # fmt: skip
     """The common maps of float32 scores on a CPU by a few of PyTorch's operators; None: `map_cpu` has to do it.
 
     It looks at what PyTorch would take and should not; what PyTorch refuses is for the caller to explain. `relative`:
@@ -479,8 +481,8 @@ def quick(scores: Tensor, labels: Labels | None, reduce: str | None, of: str, re
     if type(labels) is Segments:
         if labels.num_source != shape[1] or labels.num_maps != 1 or not labels.members.is_cpu:
             return None
-        return _quick_segments(scores, labels, shape[0], reduce or "mean", of, relative)
-    if reduce is None and of == "logits" and type(labels) is Tensor and shape[1] and labels.is_cpu:
+        return _quick_segments(scores, labels, shape[0], reduce or "mean", of, k, relative)
+    if reduce is k is None and of == "logits" and type(labels) is Tensor and shape[1] and labels.is_cpu:
         if labels.dtype is torch.int64:
             return scores.index_select(1, labels) if labels.dim() == 1 else None
         if labels.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
@@ -488,11 +490,13 @@ def quick(scores: Tensor, labels: Labels | None, reduce: str | None, of: str, re
     return None
 
 
-def _quick_segments(scores: Tensor, seg: Segments, batch: int, reduce: str, of: str, relative: bool) -> Tensor | None:
+def _quick_segments(
+    scores: Tensor, seg: Segments, batch: int, reduce: str, of: str, k: int | None, relative: bool
+) -> Tensor | None:  # fmt: skip
     members, classes, longest = seg.members, seg.num_classes, seg.longest
     count = members.shape[0]
     entries = batch * count
-    if not entries:
+    if not entries or (k is not None) != (reduce == "top-k mean"):
         return None
     graph = scores.requires_grad and torch.is_grad_enabled()
     uniform = count == classes * longest
@@ -501,7 +505,11 @@ def _quick_segments(scores: Tensor, seg: Segments, batch: int, reduce: str, of: 
         read = scores if _is_dense(seg) else scores.index_select(1, members)
         if not torch.is_autocast_enabled("cpu") and _all_finite(out := F.linear(read, matrix)):  # not inf * 0
             return out
-    if not uniform or (graph and entries >= _FEW):
+    if not uniform:
+        return None
+    if k is not None:
+        return _top_mean(scores.index_select(1, members).view(-1, longest), k, batch) if of == "logits" and k < longest else None
+    if graph and entries >= _FEW:
         return None
     if of == "logits":
         if reduce not in ("mean", "sum", "max"):
@@ -516,6 +524,17 @@ def _quick_segments(scores: Tensor, seg: Segments, batch: int, reduce: str, of: 
         x = x - x.detach().amax(1, keepdim=True)
     out = x.view(batch, classes, longest).logsumexp(-1)
     return out if relative or reduce == "sum" else out - math.log(longest)
+
+
+def _top_mean(x: Tensor, k: int, batch: int) -> Tensor | None:
+    """The mean of every row's k largest, by NumPy's partition; None where that leaves a choice, or not all is finite."""
+    if k < 1 or not _all_finite(x) or torch.is_autocast_enabled("cpu"):
+        return None
+    place = x.shape[1] - k
+    rest = x.detach() < torch.from_numpy(np.partition(x.detach().numpy(), place, axis=1)[:, place, None])
+    if np.count_nonzero(rest.numpy()) != place * len(x):
+        return None
+    return torch.mv(x.masked_fill(rest, 0), _column(x.shape[1], 1 / k)).view(batch, -1)
 
 
 def _all_finite(x: Tensor) -> bool:
