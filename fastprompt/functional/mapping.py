@@ -244,7 +244,8 @@ def mapped_cross_entropy(
         ValueError, TypeError: what was expected and what came.
         RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one).
     """
-    if map_id is prior is weight is None and impl == "auto" and renormalize and not focal and reduction in ops.REDUCTIONS:
+    fast = map_id is prior is weight is None and impl == "auto" and renormalize and not focal and 0 <= label_smoothing <= 1
+    if fast and reduction in ops.REDUCTIONS:
         try:
             if target.dtype is torch.int64 and (out := ops.quick(scores, labels, reduce, of, k, True)) is not None:
                 return ops.cross_entropy(out, target, None, ops.REDUCTIONS[reduction], ignore_index, label_smoothing)

@@ -31,7 +31,7 @@ if _runtime.HAS_TRITON:
     from fastprompt.kernels.mapping import segments_backward as kernel_segments_backward
 
 aten = torch.ops.aten
-cross_entropy = torch._C._nn.cross_entropy_loss  # what F.cross_entropy calls
+cross_entropy: Any = torch._C._nn.cross_entropy_loss  # what F.cross_entropy calls
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _library.define("map_labels(Tensor logits, Tensor index, bool differentiable) -> (Tensor, Tensor)")
@@ -350,7 +350,9 @@ def _make_plan(seg: Segments) -> Plan:
     table = seg.members[entry].view(maps, -1)
     shortest = int(size.min())
     if maps > 1:
-        return Plan(table, filled if shortest < longest else None, seg.members[start[..., 0]], size.float(), shortest, (), None, None)
+        return Plan(
+            table, filled if shortest < longest else None, seg.members[start[..., 0]], size.float(), shortest, (), None, None
+        )
     rounds: list[Tensor] = []
     degree = seg.readers.diff()
     if seg.busiest <= _MOST_ROUNDS:
@@ -501,7 +503,7 @@ def _quick_segments(
     graph = scores.requires_grad and torch.is_grad_enabled()
     uniform = count == classes * longest
     if of == "logits" and reduce == "mean" and entries < 4 * _FEW and (graph or not uniform) and _has_matrix(seg):
-        matrix = plan_of(seg).matrix
+        matrix: Any = plan_of(seg).matrix
         read = scores if _is_dense(seg) else scores.index_select(1, members)
         if not torch.is_autocast_enabled("cpu") and _all_finite(out := F.linear(read, matrix)):  # not inf * 0
             return out
@@ -581,9 +583,9 @@ def _forward_cpu(
     """
     linear = not logarithms and reduce in ("mean", "sum", "weighted")
     batch, classes, longest = len(scores), seg.num_classes, seg.longest
-    if map_id is prior is None and (linear or reduce == "max") and reduce != "weighted" and not relative:
-        if len(seg.members) == classes * longest:
-            return _uniform(scores.index_select(1, seg.members).float(), classes, longest, reduce)
+    plain = map_id is prior is None and not relative and len(seg.members) == classes * longest
+    if plain and (reduce == "max" or (linear and reduce != "weighted")):
+        return _uniform(scores.index_select(1, seg.members).float(), classes, longest, reduce)
     plan = plan_of(seg)
     ragged = linear and plan.filled is not None and map_id is None and not graph
     read = seg.members if ragged else plan.table if map_id is None else plan.table[map_id]
