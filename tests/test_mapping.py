@@ -581,6 +581,25 @@ def test_the_first_of_equals_has_the_gradient(reduce, few, monkeypatch):
         assert d[0].nonzero()[:, 0].tolist() == ([5, 9] if reduce == "max" else [4, 5, 6, 9])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_where_products_and_partitions_are_used(value):
+    """One source of class 1 and one that no class reads, in rows of their own, the first of them ignored by the loss."""
+    y = torch.tensor([-100, 1, 0, 2])
+    x = rand(4, 23)
+    x[0, 7], x[1, 22] = value, value
+    for name in ("uniform", "ragged"):
+        seg = segments([[0, 1, 2], [7, 8], [3]] if name == "ragged" else [[0, 1, 2], [7, 8, 9], [3, 4, 5]], 23)
+        for option in ({}, {"of": "probabilities"}, {"reduce": "top-k mean", "k": 2}):
+            for call, more in ((map_labels, ()), (mapped_cross_entropy, (y,))):
+                got, want = (
+                    both(call, x.clone().requires_grad_(), seg, *more, impl=impl, **option) for impl in ("auto", "torch")
+                )
+                torch.testing.assert_close(got[0], want[0], equal_nan=True)
+                known = want[1].isfinite().all(1)
+                assert known.sum() >= 2 or not want[0].isfinite().all()
+                torch.testing.assert_close(got[1][known], want[1][known])
+
+
 def test_layouts_of_scores_and_gradients_of_segments():
     x, g = rand(10, 23), rand(10, 4, seed=1)
     for name in ("uniform", "ragged", "shared", "matrix"):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastprompt.functional.checks import bad, check_labels, check_range, looks_at_values, one_of, path_of, same_device
 from fastprompt.ops import mapping as ops
@@ -26,6 +27,7 @@ from fastprompt.reference.mapping import COUNT_UNIT, Labels, Segments
 __all__ = ["COUNT_UNIT", "Labels", "Segments"]
 
 REDUCTIONS = ("mean", "sum", "max", "first", "logsumexp", "weighted", "top-k mean")
+_REFUSED = (IndexError, RuntimeError, TypeError, ValueError, AttributeError)
 _LINEAR = ("mean", "sum", "weighted", "first")
 
 
@@ -172,6 +174,12 @@ def map_labels(
         ValueError, TypeError: what was expected and what came.
         RuntimeError: a second derivative of the kernels is asked for (impl="torch" has one).
     """
+    if map_id is prior is None and impl == "auto":
+        try:
+            if (out := ops.quick(scores, labels, reduce, of, k)) is not None:
+                return out
+        except _REFUSED:
+            pass  # what follows says why
     if map_id is prior is None and type(labels) is Tensor and of == "logits" and labels.dtype == torch.int64:
         return _gather(scores, labels, reduce, k, impl)
     reduce, path = _check_map(scores, labels, reduce, map_id, of, k, prior, impl)
@@ -236,6 +244,13 @@ def mapped_cross_entropy(
         ValueError, TypeError: what was expected and what came.
         RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one).
     """
+    fast = map_id is prior is weight is None and impl == "auto" and renormalize and not focal and 0 <= label_smoothing <= 1
+    if fast and reduction in ops.REDUCTIONS:
+        try:
+            if target.dtype is torch.int64 and (out := ops.quick(scores, labels, reduce, of, k, True)) is not None:
+                return ops.cross_entropy(out, target, None, ops.REDUCTIONS[reduction], ignore_index, label_smoothing)
+        except _REFUSED:
+            pass  # what follows says why
     reduce, path = _check_map(scores, labels, reduce, map_id, of, k, prior, impl)
     renormalize = renormalize or of == "logits"
     _check_loss(scores, _classes(scores, labels), target, weight, label_smoothing, focal, reduction)
@@ -399,7 +414,7 @@ def label_head(
             raise bad("labels", "an index, Segments or a pair of them", None)
         columns = label_columns(labels, weight, bias, tokens=tokens)
     hidden = _select(hidden, rows, columns.weight)
-    scores = torch.nn.functional.linear(hidden, columns.weight, columns.bias)
+    scores = F.linear(hidden, columns.weight, columns.bias)
     given: dict[str, Any] = {"reduce": reduce, "of": of, "k": k, "prior": prior, "map_id": map_id, "impl": impl}
     if full:
         wide = torch.promote_types(scores.dtype, torch.float32)

@@ -7,6 +7,7 @@ the kernels run there too, in Triton's interpreter.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ if _runtime.HAS_TRITON:
     from fastprompt.kernels.mapping import segments_backward as kernel_segments_backward
 
 aten = torch.ops.aten
+cross_entropy: Any = torch._C._nn.cross_entropy_loss  # what F.cross_entropy calls
 
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 _library.define("map_labels(Tensor logits, Tensor index, bool differentiable) -> (Tensor, Tensor)")
@@ -315,21 +317,23 @@ class Plan(NamedTuple):
     shortest: int
     rounds: tuple[Tensor, ...]  # int64 [S] each: the class that reads a source first, second, ...; T where there is none
     entry: Tensor | None  # int64 [S], where no source is read twice: the place in the table, T * longest where there is none
+    matrix: Tensor | None  # of a map that `_has_matrix`, float32: the mean as a product, [T, S] where it `_is_dense`, or [T, M]
 
 
-_plans = WeakIdKeyDictionary()  # members -> (what they were, plan)
+_plans: dict[int, tuple[Any, Any, Plan]] = {}  # id of members -> (weak reference to them, what they were, plan)
 _MOST_ROUNDS = 4  # classes that share a source: more of them are added one by one
 
 
 def plan_of(seg: Segments) -> Plan:
     """The plan of a map, known by its tensors and their version."""
-    identity = (
-        id(seg.starts), seg.num_source, seg.num_classes, seg.num_maps, *map(_version, (seg.members, seg.starts))
-    )  # fmt: skip
-    known = _plans.get(seg.members)
-    if known is None or known[0] != identity:
-        known = _plans[seg.members] = (identity, _make_plan(seg))
-    return known[1]
+    members, starts = seg.members, seg.starts
+    state = id(starts), seg.num_source, seg.num_classes, seg.num_maps, _version(members), _version(starts)
+    key = id(members)
+    known = _plans.get(key)
+    if known is None or known[0]() is not members or known[1] != state:
+        held = weakref.ref(members, lambda _: _plans.pop(key, None))
+        known = _plans[key] = (held, state, _make_plan(seg))
+    return known[2]
 
 
 def _version(t: Tensor) -> int:
@@ -346,7 +350,9 @@ def _make_plan(seg: Segments) -> Plan:
     table = seg.members[entry].view(maps, -1)
     shortest = int(size.min())
     if maps > 1:
-        return Plan(table, filled if shortest < longest else None, seg.members[start[..., 0]], size.float(), shortest, (), None)
+        return Plan(
+            table, filled if shortest < longest else None, seg.members[start[..., 0]], size.float(), shortest, (), None, None
+        )
     rounds: list[Tensor] = []
     degree = seg.readers.diff()
     if seg.busiest <= _MOST_ROUNDS:
@@ -358,9 +364,13 @@ def _make_plan(seg: Segments) -> Plan:
         place = torch.full((sources,), classes * longest)
         place[table[0]] = torch.arange(classes * longest)
         place[seg.members[seg.starts[:-1]]] = torch.arange(classes) * longest  # and not where the class was filled up
+    matrix = None
+    if _has_matrix(seg):
+        matrix = torch.zeros(classes, sources if _is_dense(seg) else len(seg.members))
+        matrix[seg.owner, seg.members if _is_dense(seg) else torch.arange(len(seg.members))] = 1 / size[0].float()[seg.owner]
     return Plan(
         table[0], filled[0] if shortest < longest else None, seg.members[seg.starts[:-1]], size[0].float(), shortest,
-        tuple(rounds), place,
+        tuple(rounds), place, matrix,
     )  # fmt: skip
 
 
@@ -447,9 +457,9 @@ def _map_segments_cpu(
     given = (scores, seg, map_id, prior, reduce, k, logarithms, relative)
     graph = scores.requires_grad and torch.is_grad_enabled()
     entries = len(scores) * seg.num_classes * seg.longest
-    exponential = reduce == "logsumexp" or (logarithms and reduce != "max")
     # Where classes read few of the sources, PyTorch's zeros and additions beat a gather of every source's class.
     sparse = reduce != "max" and (map_id is not None or 2 * len(seg.members) < seg.num_source)
+    exponential = reduce == "logsumexp" or (logarithms and reduce != "max")
     if not graph or reduce == "top-k mean" or (not exponential and (entries < _FEW or sparse)):
         out, _ = _forward_cpu(*given, graph)
         return out if loss is None else _cross_entropy_cpu(out, loss)
@@ -457,6 +467,104 @@ def _map_segments_cpu(
         out = MapSegments.apply(*given, None)
         return out if loss is None else _cross_entropy_cpu(out, loss)
     return MapSegments.apply(*given, loss)
+
+
+def quick(
+    scores: Tensor, labels: Labels | None, reduce: str | None, of: str, k: int | None, relative: bool = False
+) -> Tensor | None:  # fmt: skip
+    """The common maps of float32 scores on a CPU by a few of PyTorch's operators; None: `map_cpu` has to do it.
+
+    It looks at what PyTorch would take and should not; what PyTorch refuses is for the caller to explain. `relative`:
+    probabilities up to a constant for every row.
+    """
+    shape = scores.shape
+    if scores.dtype is not torch.float32 or not scores.is_cpu or len(shape) != 2 or torch.compiler.is_compiling():
+        return None
+    if type(labels) is Segments:
+        if labels.num_source != shape[1] or labels.num_maps != 1 or not labels.members.is_cpu:
+            return None
+        return _quick_segments(scores, labels, shape[0], reduce or "mean", of, k, relative)
+    if reduce is k is None and of == "logits" and type(labels) is Tensor and shape[1] and labels.is_cpu:
+        if labels.dtype is torch.int64:
+            return scores.index_select(1, labels) if labels.dim() == 1 else None
+        if labels.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return scores.mm(labels)
+    return None
+
+
+def _quick_segments(
+    scores: Tensor, seg: Segments, batch: int, reduce: str, of: str, k: int | None, relative: bool
+) -> Tensor | None:  # fmt: skip
+    members, classes, longest = seg.members, seg.num_classes, seg.longest
+    count = members.shape[0]
+    entries = batch * count
+    if not entries or (k is not None) != (reduce == "top-k mean"):
+        return None
+    graph = scores.requires_grad and torch.is_grad_enabled()
+    uniform = count == classes * longest
+    if of == "logits" and reduce == "mean" and entries < 4 * _FEW and (graph or not uniform) and _has_matrix(seg):
+        matrix: Any = plan_of(seg).matrix
+        read = scores if _is_dense(seg) else scores.index_select(1, members)
+        if not torch.is_autocast_enabled("cpu") and _all_finite(out := F.linear(read, matrix)):  # not inf * 0
+            return out
+    if not uniform:
+        return None
+    if k is not None:
+        return _top_mean(scores.index_select(1, members).view(-1, longest), k, batch) if of == "logits" and k < longest else None
+    if graph and entries >= _FEW:
+        return None
+    if of == "logits":
+        if reduce not in ("mean", "sum", "max"):
+            return None
+        return _uniform(scores.index_select(1, members), classes, longest, reduce)[0]
+    if of != "probabilities" or reduce not in ("mean", "sum"):
+        return None
+    x = (scores if relative else scores.log_softmax(1)).index_select(1, members)
+    if not _all_finite(scores if relative else x):
+        return None
+    if relative:
+        x = x - x.detach().amax(1, keepdim=True)
+    out = x.view(batch, classes, longest).logsumexp(-1)
+    return out if relative or reduce == "sum" else out - math.log(longest)
+
+
+def _top_mean(x: Tensor, k: int, batch: int) -> Tensor | None:
+    """The mean of every row's k largest, by NumPy's partition; None where that leaves a choice, or not all is finite."""
+    if k < 1 or not _all_finite(x) or torch.is_autocast_enabled("cpu"):
+        return None
+    place = x.shape[1] - k
+    rest = x.detach() < torch.from_numpy(np.partition(x.detach().numpy(), place, axis=1)[:, place, None])
+    if np.count_nonzero(rest.numpy()) != place * len(x):
+        return None
+    return torch.mv(x.masked_fill(rest, 0), _column(x.shape[1], 1 / k)).view(batch, -1)
+
+
+def _all_finite(x: Tensor) -> bool:
+    return math.isfinite(x.detach().sum().item())
+
+
+def _is_dense(seg: Segments) -> bool:
+    """Whether a product with the scores costs less than to read the entries and to add up their gradients."""
+    return seg.num_source * seg.num_classes <= 32 * seg.members.shape[0]
+
+
+def _has_matrix(seg: Segments) -> bool:
+    """Whether a mean is best a product, at least of the entries where classes have many sizes."""
+    return seg.num_maps == 1 and (
+        _is_dense(seg) or (seg.num_classes <= 16 and seg.members.shape[0] < seg.num_classes * seg.longest)
+    )
+
+
+def _uniform(x: Tensor, classes: int, longest: int, reduce: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The entries [B, T * longest] of classes of one size to [B, T], and what `_backward_cpu` needs."""
+    if reduce == "max":
+        out, at = x.view(-1, classes, longest).max(-1)
+        return out, (at,)
+    if torch.is_autocast_enabled("cpu"):
+        x = x.view(-1, classes, longest)
+        return (x.mean(-1) if reduce == "mean" else x.sum(-1)), ()
+    column = _column(longest, 1 / longest if reduce == "mean" else 1.0)
+    return torch.mv(x.view(-1, longest), column).view(-1, classes), ()
 
 
 @lru_cache(maxsize=256)
@@ -475,13 +583,9 @@ def _forward_cpu(
     """
     linear = not logarithms and reduce in ("mean", "sum", "weighted")
     batch, classes, longest = len(scores), seg.num_classes, seg.longest
-    if linear and map_id is None and prior is None and reduce != "weighted" and len(seg.members) == classes * longest:
-        x = scores.index_select(1, seg.members).float()
-        if torch.is_autocast_enabled("cpu"):
-            x = x.view(batch, classes, longest)
-            return (x.mean(-1) if reduce == "mean" else x.sum(-1)), ()
-        column = _column(longest, 1 / longest if reduce == "mean" else 1.0)
-        return torch.mv(x.view(batch * classes, longest), column).view(batch, classes), ()
+    plain = map_id is prior is None and not relative and len(seg.members) == classes * longest
+    if plain and (reduce == "max" or (linear and reduce != "weighted")):
+        return _uniform(scores.index_select(1, seg.members).float(), classes, longest, reduce)
     plan = plan_of(seg)
     ragged = linear and plan.filled is not None and map_id is None and not graph
     read = seg.members if ragged else plan.table if map_id is None else plan.table[map_id]
@@ -609,7 +713,7 @@ class MapSegments(torch.autograd.Function):
         if loss is not None:
             log_p = out.log_softmax(1)
             weight = loss.weight if loss.weight is None else loss.weight.float()
-            ctx.loss = weight, _REDUCTIONS[loss.reduction], loss.ignore_index
+            ctx.loss = weight, REDUCTIONS[loss.reduction], loss.ignore_index
             out, divisor = aten.nll_loss_forward(log_p, loss.target, *ctx.loss)
             saved = (loss.target, divisor, log_p, *saved)
         ctx.save_for_backward(map_id, *saved)
@@ -640,7 +744,7 @@ def _cross_entropy_cpu(mapped: Tensor, loss: Loss) -> Tensor:
     return reference.total(losses, weights, reduction)
 
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _NO_SECOND = 'fastprompt.functional.{} has no second derivative: call backward without create_graph=True, or use impl="torch"'
 
 
