@@ -201,10 +201,10 @@ def embedding() -> None:
                 torch.zeros(3, dtype=long),
                 torch.zeros(128, width, dtype=dtype),
             )
-        out = embedding_ops._forward_triton(ids, vocab, soft, index, lengths, positions, 2.0, dtype, (), True)
-        embedding_ops._gradient_triton(out, ids, index, lengths, *soft.shape[:2], 2.0, single, (), True)
+        out = embedding_ops._forward_triton(ids, vocab, soft, index, lengths, positions, 2.0, dtype, True)
+        embedding_ops._gradient_triton(out, ids, index, lengths, *soft.shape[:2], 2.0, single, True)
     many = torch.zeros(1024, 2, 64, dtype=half)  # in chunks
-    embedding_ops._gradient_triton(many, torch.zeros(1024, 2, dtype=long), None, None, 1, 1, 2.0, half, (), True)
+    embedding_ops._gradient_triton(many, torch.zeros(1024, 2, dtype=long), None, None, 1, 1, 2.0, half, True)
 
 
 def launch_all(arch: str, whole: bool) -> None:
