@@ -680,3 +680,15 @@ ROW, ONE = torch.zeros(1, 6), torch.tensor([1])
 def test_bad_input_is_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("module", [AttributeMap(3, 2), LinearMap(12, 3, rank=2)], ids=lambda module: type(module).__name__)
+def test_every_map_takes_the_options_of_the_loss(module):
+    """Also those that are more than a map of the scores: the focal loss, in float32, of what they give."""
+    logits, target = torch.randn(5, 12, dtype=torch.float64), torch.tensor([0, 2, 1, -100, 2])
+    module = copy.deepcopy(module).double()
+    log_p = module(logits).log_softmax(1)[target >= 0, target[target >= 0]]
+    want = -((1 - log_p.exp()) ** 2 * log_p).mean()
+    torch.testing.assert_close(module.loss(logits, target, focal=2.0), want)
+    half = copy.deepcopy(module).bfloat16()
+    assert half.loss(logits.bfloat16(), target).dtype == torch.float32

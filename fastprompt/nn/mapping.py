@@ -96,9 +96,9 @@ class _Map(nn.Module):
         _sizes(num_source=num_source, num_classes=num_classes)
         self.num_source, self.num_classes = num_source, num_classes
 
-    def _labels(self) -> tuple[Tensor | Segments, str | None]:
-        """The map as `functional.map_labels` takes it, and its reduction."""
-        raise NotImplementedError
+    def _labels(self) -> tuple[Tensor | Segments | None, str | None]:
+        """The map as `functional.map_labels` takes it, and its reduction; None where it is more than such a map."""
+        return None, None
 
     @property
     def taxonomy(self) -> Place:
@@ -115,12 +115,14 @@ class _Map(nn.Module):
         options: of `functional.mapped_cross_entropy`, such as weight, label_smoothing, focal.
         """
         labels, reduce = self._labels()
-        return functional.mapped_cross_entropy(logits, labels, target, reduce=reduce, of=self.of, **options)
+        scores = self(logits) if labels is None else logits
+        return functional.mapped_cross_entropy(scores, labels, target, reduce=reduce, of=self.of, **options)
 
     @property
     def foldable(self) -> bool:
         """Whether the map is linear in the logits and not trained, so that `fold` can put it into the head."""
-        return self.of == "logits" and self._labels()[1] in (None, "mean", "sum", "weighted")
+        labels, reduce = self._labels()
+        return labels is not None and self.of == "logits" and reduce in (None, "mean", "sum", "weighted")
 
     def fold(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The map and the head before it as one head: F.linear(h, *fold(weight, bias)) = self(F.linear(h, weight, bias)).
@@ -133,16 +135,17 @@ class _Map(nn.Module):
         Raises:
             ValueError: the map is not linear in the logits, is trained, or reads another number of sources.
         """
-        if not self.foldable:
+        labels, reduce = self._labels()
+        if labels is None or not self.foldable:
             raise bad("fold", "a map that is linear in the logits and not trained", self)
         if weight.shape[0] != self.num_source:
             raise bad("weight", f"[{self.num_source}, d], a row a source", list(weight.shape))
-        labels, reduce = self._labels()
         return functional.fold(labels, weight, bias, reduce=reduce)
 
     def dense(self) -> Tensor:
         """The map as a matrix, float [S, T]: how much each class reads of each source."""
         labels, reduce = self._labels()
+        assert labels is not None
         if isinstance(labels, Tensor) and labels.is_floating_point():
             return labels.detach().clone()
         if isinstance(labels, Tensor):
@@ -694,13 +697,6 @@ class AttributeMap(_Map):
         mapped = functional.map_labels(both, self._segments, reduce="top-k mean", k=self.k).unflatten(0, (-1, 2))
         return self.alpha * mapped[:, 0] + (1 - self.alpha) * mapped[:, 1]
 
-    def loss(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        return _cross_entropy(self(logits), target, **options)
-
-    @property
-    def foldable(self) -> bool:
-        return False
-
     def dense(self) -> Tensor:
         """Float [S, T]: what each class could read of each attribute, were all of a class as good as each other."""
         own = torch.eye(self.num_classes, device=self._segments.members.device) / self.attributes
@@ -784,13 +780,6 @@ class LinearMap(_Map):
         matrix = self.weight if self.rank is None else self.up @ self.down
         return torch.sigmoid(matrix) if self.form == "sigmoid" else matrix
 
-    def loss(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        return _cross_entropy(self(logits), target, **options)
-
-    @property
-    def foldable(self) -> bool:
-        return False
-
     def dense(self) -> Tensor:
         return self._matrix().detach().T
 
@@ -804,7 +793,3 @@ class LinearMap(_Map):
         parts = [f"{name}={self.config()[name]}" for name in ("weight", "rank", "bias", "init")]
         trainable = sum(parameter.numel() for parameter in self.parameters())
         return ", ".join([f"{self.num_source} -> {self.num_classes}", *parts, f"trainable={trainable:,}"])
-
-
-def _cross_entropy(mapped: Tensor, target: Tensor, **options: Any) -> Tensor:
-    return nn.functional.cross_entropy(mapped if mapped.dtype == torch.float64 else mapped.float(), target, **options)
