@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
@@ -38,6 +40,23 @@ def arch(device: torch.device) -> str:
 def checking() -> bool:
     """True when `FASTPROMPT_CHECK=1`: look at values (index ranges) on the GPU too, at the price of a sync."""
     return os.environ.get("FASTPROMPT_CHECK", "0") == "1"
+
+
+@cache
+def _madvise() -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+
+
+def in_huge_pages(out: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor nobody has written yet, its memory asked for in pages of 2 MB instead of 4 kB.
+
+    The first touch of the 154 MB of 256 images took 17 ms instead of 68. Where the system offers no such pages nothing changes.
+    """
+    advise = _madvise() if out.nbytes >= 1 << 23 else None
+    if advise is not None:
+        start, end = -(-out.data_ptr() // 4096) * 4096, (out.data_ptr() + out.nbytes) // 4096 * 4096
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)  # MADV_HUGEPAGE
+    return out
 
 
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:

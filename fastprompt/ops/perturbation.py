@@ -234,11 +234,11 @@ def _on_image(canvas: Tensor, s: Settings) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _bands(size: int, out: int, mode: str, step: int) -> list[tuple[slice, slice, Tensor]]:
-    """Exact resampling as small matrix products: (out pixels, the pixels they read, weights [2 * out pixels, read]).
+def _bands(size: int, out: int, mode: str, step: int) -> list[tuple[slice, slice, Tensor, Tensor]]:
+    """Exact resampling as small matrix products: (out pixels, the pixels they read, two halves of the weights).
 
-    A 22-bit weight w is split into its high half w >> 11 and its low half (w & 2047) / 2**11, stacked. Pixels of 8 bits times
-    a half, summed over up to 32 taps, are multiples of 1 (of 2**-11) that float32 holds exactly.
+    A 22-bit weight w is split into w >> 11 and w & 2047, both times 2**-11. Pixels of 8 bits times a half, summed over up to
+    32 taps, are multiples of 2**-11 that float32 holds exactly.
     """
     weights = reference.resize_matrix(size, out, mode, True).long()
     bands = []
@@ -246,31 +246,28 @@ def _bands(size: int, out: int, mode: str, step: int) -> list[tuple[slice, slice
         part = weights[start : start + step]
         read = part.any(0).nonzero()[:, 0]
         reach = slice(int(read[0]), int(read[-1]) + 1)
-        part = part[:, reach]
-        bands.append((slice(start, start + len(part)), reach, torch.cat([(part >> 11).float(), (part & 2047) * 2.0**-11])))
+        high, low = ((half[:, reach] * 2.0**-11).contiguous() for half in (part >> 11, part & 2047))
+        bands.append((slice(start, start + len(part)), reach, high, low))
     return bands
 
 
-def _round_exactly(total: Tensor) -> Tensor:
-    """(w * pixel summed + 2**21) >> 22, limited to a byte, from the high halves with the carry of the low ones."""
-    return total.add_(1024).mul_(2**-11).floor_().clamp_(0, 255)
+def _resample(lines: Tensor, out: int, mode: str, step: int) -> Tensor:
+    """[size, n] -> [out, n]: (w * pixel summed + 2**21) >> 22, limited to a byte, with the carry of the low halves."""
+    high, low = torch.empty(out, lines.shape[1]), torch.empty(out, lines.shape[1])
+    for to, reach, more, less in _bands(lines.shape[0], out, mode, step):
+        torch.mm(more, lines[reach], out=high[to])
+        torch.mm(less, lines[reach], out=low[to])
+    return high.add_(low.floor_(), alpha=2.0**-11).add_(0.5).floor_().clamp_(0, 255)
 
 
 def _resize_exactly(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """uint8 [S, C, h, w] -> Pillow's bytes at `size`, as float32 [S, C, *size] (rows outermost in memory)."""
     samples, channels, height, width = x.shape
-    lines = samples * channels
-    flat = x.permute(2, 0, 1, 3).reshape(height * lines, width).float()
-    columns = torch.empty(height * lines, size[1])
-    for out, reach, weights in _bands(width, size[1], mode, size[1] if size[1] > width else 16):
-        high, low = (weights @ flat[:, reach].T).chunk(2)
-        columns[:, out] = _round_exactly(high.add_(low.floor_())).T
-    columns = columns.view(height, lines * size[1])
-    result = torch.empty(size[0], lines * size[1])
-    for out, reach, weights in _bands(height, size[0], mode, 32 if size[0] > height else 16):
-        high, low = (weights @ columns[reach]).chunk(2)
-        torch.add(high, low.floor_(), out=result[out])
-    return _round_exactly(result).view(size[0], samples, channels, size[1]).permute(1, 2, 0, 3)
+    flat = x.permute(2, 0, 1, 3).reshape(-1, width).float().T
+    columns = _resample(flat, size[1], mode, size[1] if size[1] > width else 16)
+    columns = columns.view(size[1], height, -1).permute(1, 2, 0).reshape(height, -1)
+    result = _resample(columns, size[0], mode, 32 if size[0] > height else 16)
+    return result.view(size[0], samples, channels, size[1]).permute(1, 2, 0, 3)
 
 
 def _pixels_cpu(x: Tensor, s: Settings) -> Tensor:
@@ -406,7 +403,11 @@ def _place_cpu(x: Tensor, under: Tensor, flat: Tensor | float | None, image: _Af
     to_one = 1 / 255 if x.dtype == torch.uint8 else 1.0
     unit = to_one if gain is None else gain * to_one
     if flat is not None:  # two numbers a channel: two passes in the cache beat one that PyTorch does not vectorise
-        torch.add((pixel * unit).expand_as(out), flat if less is None else flat - less, out=out)
+        flat = flat if less is None else flat - less
+        if out.dtype == torch.float32:
+            torch.mul(pixel, unit, out=out).add_(flat)
+        else:
+            torch.add((pixel * unit).expand_as(out), flat, out=out)
     elif isinstance(unit, Tensor):
         torch.addcmul(under if less is None else under - less, pixel, unit, out=out)
     else:
@@ -416,7 +417,7 @@ def _place_cpu(x: Tensor, under: Tensor, flat: Tensor | float | None, image: _Af
 def _forward_cpu(x, prompt, mask, cells, index, norm, s):  # type: ignore[no-untyped-def]
     if s.impl == "triton":
         return _forward_triton(x, prompt, mask, cells, index, norm, s)
-    out = _empty_output(x, prompt, s)
+    out = _runtime.in_huge_pages(_empty_output(x, prompt, s))
     gain, less = _affine(norm)
     covers = s.copies == 1 and tuple(s.image[2:]) == tuple(s.canvas)
     # Everything is written normalised at once: in pixel space the mean belongs to the canvas, otherwise to the image.
