@@ -659,3 +659,21 @@ def test_a_prompt_learns_through_a_verbalizer():
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_a_class_reads_is_a_matrix_and_a_picture():
+    from matplotlib.figure import Figure
+
+    logits = rand(4, V)
+    known = fnn.KnowledgeableVerbalizer(SINGLE, V)
+    with torch.no_grad():
+        known.word_weights.copy_(rand(6))
+    for module in (fnn.Verbalizer(SINGLE, V), known):
+        words = logits[:, [word for each in SINGLE for word in each]]
+        want = words.log_softmax(1).float() @ module.dense()
+        torch.testing.assert_close(module.from_logits(logits), want, rtol=1e-5, atol=1e-5, check_dtype=False)
+    torch.testing.assert_close(fnn.ContextualCalibration(2).dense(), torch.diag(torch.tensor([2.0, 2.0])))
+    torch.testing.assert_close(fnn.SoftVerbalizer(3, D).dense().diagonal(), torch.ones(3))
+    torch.testing.assert_close(fnn.PrototypicalVerbalizer(3, D).dense().diagonal(), torch.ones(3))
+    ax = known.plot([f"word {i}" for i in range(6)], ["a", "b", "c"], ax=Figure().subplots())
+    assert {label.get_text() for label in ax.get_yticklabels()} == {f"word {i}" for i in range(6)}

@@ -27,6 +27,56 @@ class Described(nn.Module):
         return ", ".join([*parts, f"trainable={trainable:,}"])
 
 
+_SHOWN = 40  # rows in a picture
+
+
+class Drawn:
+    """A label map that shows itself, from `dense()`: float [S, T], what each class reads of each source."""
+
+    def dense(self) -> Tensor:
+        raise NotImplementedError
+
+    def plot(self, source_names: Sequence[str] | None = None, target_names: Sequence[str] | None = None, ax: Any = None) -> Any:
+        """A heat map of `dense()`: a row a source that is read (at most 40, the strongest of every class), a column a class.
+
+        Args:
+            source_names, target_names: one a source, one a class; default are their numbers.
+            ax: matplotlib Axes to draw in; default is a new figure.
+
+        Returns:
+            the Axes.
+
+        Raises:
+            ImportError: matplotlib is missing. ValueError: another number of names.
+        """
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ImportError('plot needs matplotlib: pip install "fastprompt[plot]"') from error
+        matrix = self.dense().cpu().float()
+        sources, classes = matrix.shape
+        for argument, names, count in (("source_names", source_names, sources), ("target_names", target_names, classes)):
+            if names is not None and len(names) != count:
+                raise bad(argument, f"{count} names", len(names))
+        rank = matrix.abs().argsort(dim=0, descending=True, stable=True).argsort(0)  # of a source among those of a class
+        best = torch.where(matrix != 0, rank, sources).amin(1)
+        rows = best.argsort(stable=True)[: min(_SHOWN, int((best < sources).sum()))]
+        rows = rows[matrix[rows].abs().argmax(1).argsort(stable=True)]  # the sources of class 0 first: a diagonal to the eye
+        if ax is None:
+            _, ax = pyplot.subplots(figsize=(2 + 0.3 * classes, 2 + 0.22 * len(rows)), layout="constrained")
+        shown = matrix[rows]
+        limit = float(shown.abs().max()) if shown.numel() else 1.0
+        signed = bool((shown < 0).any())
+        image = ax.imshow(
+            shown.numpy(), aspect="auto", cmap="coolwarm" if signed else "viridis", vmin=-limit if signed else 0, vmax=limit
+        )
+        ax.set_xticks(range(classes), list(target_names or map(str, range(classes))), rotation=90)
+        ax.set_yticks(range(len(rows)), [source_names[i] if source_names else str(i) for i in rows.tolist()])
+        ax.set(xlabel="target class", ylabel="source")
+        ax.figure.colorbar(image, ax=ax, label="weight")
+        return ax
+
+
 def check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:

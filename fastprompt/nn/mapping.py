@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from fastprompt import functional
 from fastprompt.functional import Segments
 from fastprompt.functional.checks import bad, check_labels, check_range, one_of
+from fastprompt.nn._shared import Drawn
 from fastprompt.taxonomy import Alignment, Place
 
 _EMA_UNIT = 2**20  # what a sample counts in an average of arg-max counts
-_SHOWN = 40  # sources in a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _sizes(**sizes: int) -> None:
 # ---- What maps share ----
 
 
-class _Map(nn.Module):
+class _Map(Drawn, nn.Module):
     """What every map shares: the loss, the fold, the picture, printing, the constructor's arguments as data."""
 
     num_source: int
@@ -158,49 +158,6 @@ class _Map(nn.Module):
         matrix = weights.new_zeros(self.num_source, self.num_classes)
         matrix[labels.members, labels.owner] = weights.detach()
         return matrix
-
-    def plot(self, source_names: Sequence[str] | None = None, target_names: Sequence[str] | None = None, ax: Any = None) -> Any:
-        """A heat map of `dense()`: a row a source that is read (at most 40, the strongest of every class), a column a class.
-
-        Args:
-            source_names, target_names: one a source, one a class; default are their numbers.
-            ax: matplotlib Axes to draw in; default is a new figure.
-
-        Returns:
-            the Axes.
-
-        Raises:
-            ImportError: matplotlib is missing. ValueError: another number of names.
-        """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError('plot needs matplotlib: pip install "fastprompt[plot]"') from error
-        for argument, names, count in (
-            ("source_names", source_names, self.num_source),
-            ("target_names", target_names, self.num_classes),
-        ):
-            if names is not None and len(names) != count:
-                raise bad(argument, f"{count} names", len(names))
-        matrix = self.dense().cpu().float()
-        rank = matrix.abs().argsort(dim=0, descending=True, stable=True).argsort(0)  # of a source among those of a class
-        best = torch.where(matrix != 0, rank, self.num_source).amin(1)
-        rows = best.argsort(stable=True)[: min(_SHOWN, int((best < self.num_source).sum()))]
-        rows = rows[matrix[rows].abs().argmax(1).argsort(stable=True)]  # the sources of class 0 first: a diagonal to the eye
-        if ax is None:
-            _, ax = pyplot.subplots(figsize=(2 + 0.3 * self.num_classes, 2 + 0.22 * len(rows)), layout="constrained")
-        shown = matrix[rows]
-        limit = float(shown.abs().max()) if shown.numel() else 1.0
-        signed = bool((shown < 0).any())
-        image = ax.imshow(
-            shown.numpy(), aspect="auto", cmap="coolwarm" if signed else "viridis", vmin=-limit if signed else 0, vmax=limit
-        )
-        columns = range(self.num_classes)
-        ax.set_xticks(columns, list(target_names or map(str, columns)), rotation=90)
-        ax.set_yticks(range(len(rows)), [source_names[i] if source_names else str(i) for i in rows.tolist()])
-        ax.set(xlabel="target class", ylabel="source class")
-        ax.figure.colorbar(image, ax=ax, label="weight")
-        return ax
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON can hold them; tensors are in the state."""

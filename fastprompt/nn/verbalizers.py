@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastprompt import functional
 from fastprompt.functional.checks import bad, looks_at_values, one_of, same_device
 from fastprompt.functional.mapping import Labels, _select
+from fastprompt.nn._shared import Drawn
 from fastprompt.taxonomy import Alignment, Place
 
 Word = int | Sequence[int]
@@ -90,7 +91,7 @@ class _Gathered(NamedTuple):
 _Self = TypeVar("_Self", bound="_OnHead")
 
 
-class _OnHead(nn.Module):
+class _OnHead(Drawn, nn.Module):
     """What reads hidden states as a model's vocabulary head would: the head is looked at, never owned.
 
     It is in no `state_dict`, `parameters` or pickle; a deep copy together with the model finds the model's copy.
@@ -401,6 +402,11 @@ class Verbalizer(_OnHead):
     def _labels(self) -> Labels:
         return self._classes
 
+    def dense(self) -> Tensor:
+        """How much each class reads of each word, float32 [W, C], words class after class."""
+        owner = self._classes.owner[:, None] == torch.arange(self.num_classes, device=self._classes.owner.device)
+        return owner / (owner.sum(0) if self.reduce == "mean" else 1)
+
     # ---- Calibration ----
 
     @torch.no_grad()
@@ -544,6 +550,9 @@ class KnowledgeableVerbalizer(Verbalizer):
         owner = self._classes.owner[:, None] == torch.arange(self.num_classes, device=weights.device)
         return torch.where(owner, weights[:, None], -torch.inf).softmax(0)
 
+    def dense(self) -> Tensor:
+        return self._labels().detach()
+
     def refine(self, prior: Tensor, share: float = 0.5) -> Any:
         """A new verbalizer without the words that have a token among the lowest `share` of the vocabulary's prior.
 
@@ -649,6 +658,10 @@ class SoftVerbalizer(_OnHead):
         scores = F.linear(self._states(hidden, rows, self.weight).to(self.weight.dtype), self.weight, self.bias)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
+    def dense(self) -> Tensor:
+        """The cosines between the vectors of the classes, [C, C]."""
+        return _cosines(self.weight)
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as data."""
         return {"num_classes": self.num_classes, "width": self.width, "bias": self.bias is not None}
@@ -658,7 +671,7 @@ class SoftVerbalizer(_OnHead):
         return f"{self.width} -> {self.num_classes}, bias={self.bias is not None}{head}"
 
 
-class PrototypicalVerbalizer(nn.Module):
+class PrototypicalVerbalizer(Drawn, nn.Module):
     """Cosines between projected hidden states and trained prototypes: out[c] = cos(A h, m[c]).
 
     ProtoVerb (Cui et al. 2022, arXiv 2203.09770). Its loss is the sum of two, with S the cosine and z = A h:
@@ -710,12 +723,21 @@ class PrototypicalVerbalizer(nn.Module):
         with _no_autocast(z):
             return _cross_entropy(z @ prototypes.T, target) + _instance_loss(z @ z.T, target)
 
+    def dense(self) -> Tensor:
+        """The cosines between the prototypes, [C, C]."""
+        return _cosines(self.prototypes)
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as data."""
         return {"num_classes": self.num_classes, "width": self.width, "size": self.size}
 
     def extra_repr(self) -> str:
         return f"{self.width} -> {self.num_classes}, size={self.size}"
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    unit = F.normalize(vectors.detach().float(), dim=1)
+    return unit @ unit.T
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -735,7 +757,7 @@ def _instance_loss(similar: Tensor, target: Tensor) -> Tensor:
 # ---- Calibration of class probabilities ----
 
 
-class ContextualCalibration(nn.Module):
+class ContextualCalibration(Drawn, nn.Module):
     """q = W p + b with W = diag(p_cf)^-1 and b = 0, normalised: q[c] = (p[c] / p_cf[c]) / sum over k of p[k] / p_cf[k].
 
     p_cf is what the model says without content: the mean class probabilities of inputs such as "N/A", "" and "[MASK]" (Zhao
@@ -792,6 +814,10 @@ class ContextualCalibration(nn.Module):
         log_p = self._log_p(scores)
         log_q = (log_p - self.prior.to(log_p.dtype).log()).log_softmax(1)
         return log_q if self.of == "logits" else log_q.exp()
+
+    def dense(self) -> Tensor:
+        """W = diag(p_cf)^-1, [C, C]."""
+        return (1 / self.prior).diag()
 
     def loss(self, scores: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy -log q[target]; target int64 [B], -100 is ignored."""
