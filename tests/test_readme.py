@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there, on small models with random weights."""
+"""The Python of README and docs runs as it stands there, on small models with random weights; their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch import nn
 
 import fastprompt
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (page.name, block) for page in PAGES for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+]
 WORDS = ("<unk>", "terrible", "awful", "great")
 
 
@@ -54,18 +57,40 @@ def language():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("place", range(len(BLOCKS)), ids=lambda place: BLOCKS[place].split("\n")[0][:40])
+def vision_transformer():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.ViTConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return {"my_vit": lambda: transformers.ViTForImageClassification(config).eval(), "pixels": torch.rand(2, 3, 16, 16)}
+
+
+@pytest.mark.parametrize("place", range(len(BLOCKS)), ids=lambda place: f"{BLOCKS[place][0]}-{place}")
 def test_the_example_runs(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    block = BLOCKS[place].replace("epochs=12", "epochs=1").replace("128256", "99")
+    page, block = BLOCKS[place]
+    block = block.replace("epochs=12", "epochs=1").replace("128256", "99")
     names = {"torch": torch, "fastprompt": fastprompt}
-    if re.search(r"images|resnet", block):
+    if re.search(r"images|resnet|my_imagenet_model", block):
         names |= vision()
     if "llama" in block:
         names |= language()
         names["labels"] = names["ids"]
-    exec(compile(block, "README.md", "exec"), names)
+    if "my_vit" in block:
+        names |= vision_transformer()
+    exec(compile(block, page, "exec"), names)
 
 
 def test_every_example_is_found():
-    assert len(BLOCKS) == README.count("```python") >= 5
+    assert len(BLOCKS) == sum(page.read_text().count("```python") for page in PAGES) >= 15
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_every_module_has_a_place_in_the_taxonomy_page():
+    page = (ROOT / "docs" / "taxonomy.md").read_text()
+    assert [name for name in fastprompt.nn.__all__ if f"`{name}`" not in page and f"`nn.{name}`" not in page and name not in page] == []

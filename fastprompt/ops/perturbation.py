@@ -405,7 +405,7 @@ def _place_cpu(x: Tensor, under: Tensor, flat: Tensor | float | None, image: _Af
     if flat is not None:  # two numbers a channel: two passes in the cache beat one that PyTorch does not vectorise
         flat = flat if less is None else flat - less
         if out.dtype == torch.float32:
-            torch.mul(pixel, unit, out=out).add_(flat)
+            torch.mul(pixel.expand_as(out), unit, out=out).add_(flat)
         else:
             torch.add((pixel * unit).expand_as(out), flat, out=out)
     elif isinstance(unit, Tensor):
