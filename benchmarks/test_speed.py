@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.perturbation import host_calls
+from . import attention, embedding, mapping, perturbation
 
 COMMITTED = Path(__file__).parent / "results" / "host_overhead.json"
 BOUND = 4.0  # times the committed figure
 CPU = torch.device("cpu")
+
+
+def host_calls() -> dict[str, Callable[[], Any]]:
+    """Of every family."""
+    return {
+        name: call for family in (perturbation, embedding, attention, mapping) for name, call in family.host_calls(CPU).items()
+    }
 
 
 def addition_seconds() -> float:
@@ -33,10 +41,10 @@ def addition_seconds() -> float:
     return best
 
 
-@pytest.mark.parametrize("name", list(host_calls(CPU)))
+@pytest.mark.parametrize("name", list(host_calls()))
 def test_host_cost(benchmark: Any, name: str) -> None:
     committed = json.loads(COMMITTED.read_text())["additions"][name]
-    call = host_calls(CPU)[name]
+    call = host_calls()[name]
     benchmark.pedantic(call, rounds=50, iterations=20, warmup_rounds=5)
     additions = benchmark.stats.stats.min / addition_seconds()
     benchmark.extra_info["additions"] = additions
@@ -45,10 +53,10 @@ def test_host_cost(benchmark: Any, name: str) -> None:
 
 def main() -> None:
     """Writes the committed figures."""
-    from benchmarks.suite import conditions
+    from .suite import conditions
 
     seconds = {}
-    for name, call in host_calls(CPU).items():
+    for name, call in host_calls().items():
         samples = []
         for _ in range(55):
             start = time.perf_counter()
