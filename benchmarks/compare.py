@@ -21,7 +21,10 @@ def title(result: dict[str, Any]) -> str:
 def read(path: str) -> dict[str, Any]:
     """A report that --json wrote. ValueError: it is none."""
     with open(path) as file:
-        report = json.load(file)
+        try:
+            report = json.load(file)
+        except ValueError:
+            report = None
     if not isinstance(report, dict) or not {"conditions", "results"} <= report.keys():
         raise ValueError(f"{path}: expected a report that --json wrote, with conditions and results")
     return report

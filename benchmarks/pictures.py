@@ -70,7 +70,7 @@ def _bars(plt: Any, rows: list[tuple[str, dict[str, float]]], first: str | None 
     for _, values in rows:
         ticks.append(place + (len(values) - 1) / 2)
         for name, value in values.items():
-            axes.barh(place, value, color=colours[name], height=0.9)
+            axes.barh(place, value - 1, left=1, color=colours[name], height=0.9)  # from 1, where both are as fast
             axes.text(value, place, f" {value:.2f}", va="center", fontsize=6)
             place += 1
         place += 1
@@ -90,7 +90,8 @@ def _speedup(plt: Any, results: list[Result]) -> Any:
     noise = max(result["noise"] for result in results)
     axes.axvspan(1 / (1 + noise), 1 + noise, color="grey", alpha=0.3, lw=0)
     axes.axvline(1, color="black", lw=0.8)
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}x")
     axes.set_xlabel(f"the rival's time over fastprompt's; left of 1 the rival is faster; grey: noise, A/A up to {noise:.1%}")
     return figure
 
@@ -157,13 +158,19 @@ def _scaling(plt: Any, sweeps: dict[str, list[tuple[int, Result]]]) -> Any:
     figure, panels = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False)
     for panel, (title, points) in zip(panels.flat, sweeps.items(), strict=False):
         names = dict.fromkeys(n for _, result in points for n, row in result["rows"].items() if "median_s" in row and n != "A/A")
+        across = [size for size, _ in points]
         for place, name in enumerate(names):
             timed = [(size, result["rows"][name]) for size, result in points if "median_s" in result["rows"].get(name, {})]
-            across, colour = [size for size, _ in timed], COLOURS[place % len(COLOURS)]
-            panel.plot(across, [row["median_s"] * 1e3 for _, row in timed], "o-", ms=3, color=colour, label=name)
+            at, colour = [size for size, _ in timed], COLOURS[place % len(COLOURS)]
+            panel.plot(at, [row["median_s"] * 1e3 for _, row in timed], "o-", ms=3, color=colour, label=name)
             low, high = ([row[key] * 1e3 for _, row in timed] for key in ("p20_s", "p80_s"))
-            panel.fill_between(across, low, high, color=colour, alpha=0.2, lw=0)
+            panel.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
         panel.set(xscale="log", yscale="log", ylabel="ms, median and p20 to p80")
+        panel.set_xticks(across, across, minor=False)
+        panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:.3g}")
+        panel.tick_params(which="both", labelsize=6)
         panel.set_title(title, fontsize=7)
         panel.legend(fontsize=6)
         panel.grid(alpha=0.3, which="both")

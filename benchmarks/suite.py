@@ -129,7 +129,7 @@ def _sized(families: Sequence[str], sizes: dict[str, int], dtype: torch.dtype) -
     names = {title: dict(list(signature(build).parameters.items())[1:]) for title, build in builders.items()}
     found = [case for title, build in builders.items() if sizes.keys() <= names[title].keys() for case in build(dtype, **sizes)]
     if not found:
-        known = "\n".join(f"  {title:32} {','.join(f'{n}={p.default}' for n, p in own.items())}" for title, own in names.items())
+        known = "\n".join(f"  {title:36} {','.join(f'{n}={p.default}' for n, p in own.items())}" for title, own in names.items())
         raise ValueError(f"--shape: no case has all of {', '.join(sizes)}. Sizes and their defaults:\n{known}")
     return found
 
