@@ -1,8 +1,7 @@
 """Host cost a call on the CPU against the committed figures: `pytest benchmarks/test_speed.py`, with pytest-benchmark.
 
 Machines differ, so a call is measured in additions of two small tensors, timed beside it; CPU time, so that other load counts
-little. `python -m benchmarks.test_speed`
-measures again and writes benchmarks/results/host_overhead.json.
+little. `python -m benchmarks.test_speed` measures again and writes benchmarks/results/host_overhead.json.
 """
 
 from __future__ import annotations
