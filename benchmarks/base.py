@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,7 +141,11 @@ def run(options: Namespace, titles: list[str]) -> dict[str, Any]:
             for side in sides
         ]
         print(f"{options.base} ({reports[0]['conditions']['commit']}) and this tree in turns, {ROUNDS} times a case", flush=True)
+        start = time.perf_counter()
         for title in titles:
+            if options.seconds is not None and time.perf_counter() - start > options.seconds:
+                reports[1]["not_run"].append(title)
+                continue
             taken: list[list[dict[str, Any]]] = [[], []]
             for turn in range(ROUNDS):
                 for side in (0, 1) if turn % 2 else (1, 0):
