@@ -230,6 +230,7 @@ def run(
             calls[name] = [call, *(bind(form, case, inputs) for inputs in sets[1:])]
             row["peak_bytes"] = timing.peak_memory(call, device)
             row["launches"] = timing.launches(call, device)
+            row["page_faults"] = timing.page_faults(call, device)
         except Skip as reason:
             row["refused"] = f"not here: {reason}"
         except Exception as failure:  # a rival that breaks is a result, not the end of the run
@@ -275,8 +276,10 @@ def text(result: dict[str, Any]) -> str:
     lines = [head, f"  {facts}"]
     overhead = result.get("overhead", {})
     over = f"{'vs frozen':>11}" if overhead else ""
+    # What a call costs besides bytes: launches on a GPU, page faults of fresh memory on a CPU.
+    extra = "launches" if any(row.get("launches") is not None for row in result["rows"].values()) else "page_faults"
     lines.append(
-        f"  {'':14}{'median us':>12}{'p20':>12}{'p80':>12}{'vs ours':>9}{over}{'peak MB':>9}{'launches':>9}{'error':>9}  clock"
+        f"  {'':14}{'median us':>12}{'p20':>12}{'p80':>12}{'vs ours':>9}{over}{'peak MB':>9}{extra.removeprefix('page_'):>9}{'error':>9}  clock"
     )
     for name, row in result["rows"].items():
         if "refused" in row:
@@ -290,7 +293,7 @@ def text(result: dict[str, Any]) -> str:
         lines.append(
             f"  {name:14}{us(row['median_s']):>12}{us(row['p20_s']):>12}{us(row['p80_s']):>12}"
             f"{f'{ratio:.2f}x' if ratio else '':>9}{over}{row['peak_bytes'] / 1e6:>9.1f}"
-            f"{'' if row['launches'] is None else row['launches']:>9}{row['error']:>9.1e}  {row['clock']}{lost}"
+            f"{'' if row[extra] is None else row[extra]:>9}{row['error']:>9.1e}  {row['clock']}{lost}"
         )
     return "\n".join(lines)
 

@@ -17,6 +17,11 @@ from typing import Any
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 Call = Callable[[], Any]
 
 # On a machine that others use: `time.process_time`, with one thread. Time spent waiting for a core is then left out.
@@ -190,3 +195,12 @@ def launches(call: Call, device: torch.device) -> int | None:
         torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
     return sum(1 for event in profiler.events() if event.device_type == on_gpu)
+
+
+def page_faults(call: Call, device: torch.device) -> int | None:
+    """Pages of fresh memory that one call touches on the host; None on a GPU, and where the system does not say."""
+    if device.type != "cpu" or resource is None:
+        return None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

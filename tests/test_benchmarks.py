@@ -220,7 +220,8 @@ def test_the_report_has_all_conditions(reported):
     for result in report["results"]:
         assert list(result["rows"]) == ["fastprompt", "eager", "A/A"]
         assert result["cold"] is False
-        for row in result["rows"].values():
+        for name, row in result["rows"].items():
+            assert name == "A/A" or row["page_faults"] is None or 0 <= row["page_faults"] < 100
             assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
 
 
