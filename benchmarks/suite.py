@@ -279,7 +279,8 @@ def text(result: dict[str, Any]) -> str:
     # What a call costs besides bytes: launches on a GPU, page faults of fresh memory on a CPU.
     extra = "launches" if any(row.get("launches") is not None for row in result["rows"].values()) else "page_faults"
     lines.append(
-        f"  {'':14}{'median us':>12}{'p20':>12}{'p80':>12}{'vs ours':>9}{over}{'peak MB':>9}{extra.removeprefix('page_'):>9}{'error':>9}  clock"
+        f"  {'':14}{'median us':>12}{'p20':>12}{'p80':>12}{'vs ours':>9}{over}{'peak MB':>9}{extra.removeprefix('page_'):>9}"
+        f"{'error':>9}  clock"
     )
     for name, row in result["rows"].items():
         if "refused" in row:
