@@ -1,1 +1,1 @@
-"""Side-by-side benchmarks: `python -m benchmarks`, and on a GPU machine `python -m benchmarks.gpu`."""
+"""Side-by-side benchmarks: `fastprompt bench`, in the source tree also `python -m benchmarks` and `python -m benchmarks.gpu`."""

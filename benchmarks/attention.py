@@ -19,10 +19,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks.suite import Case, Form, Inputs, Skip
 from fastprompt.functional import prefix_attention
 
+from .suite import Case, Form, Inputs, Skip
+
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+STEP = ("forward", "backward")
 TRAINED = ("q", "k", "v", "prefix_k", "prefix_v")
 
 
@@ -133,7 +135,7 @@ def shared(
 
 def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """What `python -m benchmarks --family attention` runs."""
-    step: tuple[str, ...] = ("forward", "backward")
+    step = STEP
     make: Callable[..., list[Case]] = partial(shared, dtype=dtype)
     if device.type == "cuda":
         made = [make("Llama", 8, (32, 8), 2048, 2048, p, 128, modes=step, causal=True) for p in (32, 128)]
@@ -156,3 +158,29 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     made += [make("one sample", 1, (8, 8), 256, 256, 64, 64, modes=step, causal=causal) for causal in (False, True)]
     made += [make("prompt only", 16, (6, 6), 197, 197, 50, 64, modes=("backward",), wrt=TRAINED[3:])]
     return [case for some in made for case in some]
+
+
+# The sizes that `--shape` sets.
+SIZED: dict[str, Callable[..., list[Case]]] = {
+    "causal": lambda dtype, B=4, H=8, Hkv=2, T=256, P=64, D=64: shared(
+        "causal", B, (H, Hkv), T, T, P, D, dtype, STEP, causal=True
+    ),
+    "bidirectional": lambda dtype, B=16, H=6, Hkv=6, T=197, P=50, D=64: shared(
+        "bidirectional", B, (H, Hkv), T, T, P, D, dtype, STEP
+    ),
+    "decode": lambda dtype, B=16, H=8, Hkv=8, S=256, P=1024, D=64: shared("decode", B, (H, Hkv), 1, S, P, D, dtype, STEP[:1]),
+}
+
+
+def host_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """The calls that a training loop makes, on inputs so small that only the host's work counts."""
+    q, k, v, g = (torch.randn(2, 2, 4, 16, device=device) for _ in range(4))
+    prefix = [torch.randn(1, 2, 3, 16, device=device).requires_grad_() for _ in range(2)]
+
+    def forward() -> Tensor:
+        return prefix_attention(q, k, v, *prefix, causal=True)
+
+    return {
+        "prefix_attention": torch.no_grad()(forward),
+        "prefix_attention+backward": lambda: torch.autograd.grad(forward(), prefix, g),
+    }

@@ -6,6 +6,7 @@ PyTorch found.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.suite import Case, Form, Inputs
 from fastprompt import functional
+
+from .suite import Case, Form, Inputs
 
 
 def _tables(
@@ -172,8 +174,35 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         words = 128_256
         shared = [(4, 210, 200, 4096), (32, 128, 100, 4096), (8, 2048, 128, 4096), (256, 197, 50, 768)]
         other = (32, 512, 20, 4096)
-    made = [case for batch, *rest in shared for case in in_front(batch, *rest, words, dtype)]
+    made = [case for sizes in shared for case in in_front(*sizes, words, dtype)]
     made += in_front(*other, words, dtype, prompts=8)
     made += in_templates(*other, words, dtype)
     made += scaled(*other, words, dtype)
     return made + trained_tokens(*other, words, dtype)
+
+
+# The sizes that `--shape` sets.
+SIZED: dict[str, Callable[..., list[Case]]] = {
+    "prompt in front": lambda dtype, B=16, T=128, P=20, d=768, V=32_000: in_front(B, T, P, d, V, dtype),
+    "mixed batch": lambda dtype, B=16, T=128, P=20, d=768, V=32_000, N=8: in_front(B, T, P, d, V, dtype, prompts=N),
+    "template": lambda dtype, B=16, T=128, P=20, d=768, V=32_000: in_templates(B, T, P, d, V, dtype),
+    "scale and positions": lambda dtype, B=16, T=128, P=20, d=768, V=32_000: scaled(B, T, P, d, V, dtype),
+    "trained tokens": lambda dtype, B=16, T=128, K=20, d=768, V=32_000: trained_tokens(B, T, K, d, V, dtype),
+}
+
+
+def host_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """The calls that a training loop makes, on inputs so small that only the host's work counts."""
+    vocab, words = torch.randn(10, 8, device=device), torch.arange(6, device=device).view(2, 3)
+    soft = torch.randn(1, 4, 8, device=device).requires_grad_()
+    ids, _ = functional.place_prompt(words, 4)
+    g = torch.ones((2, 7, 8), device=device)
+
+    def forward() -> Tensor:
+        return functional.soft_gather(ids, vocab, soft)
+
+    return {
+        "place_prompt": lambda: functional.place_prompt(words, 4),
+        "soft_gather": torch.no_grad()(forward),
+        "soft_gather+backward": lambda: torch.autograd.grad(forward(), soft, g),
+    }

@@ -30,7 +30,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported
 
 import torch
 
-from benchmarks import attention, mapping, perturbation, suite, timing
 from fastprompt import functional
 from fastprompt.ops import attention as attention_ops
 from fastprompt.ops import mapping as mapping_ops
@@ -38,6 +37,8 @@ from fastprompt.ops import perturbation as perturbation_ops
 from fastprompt.tuning import mapping as mapping_tuning
 from fastprompt.tuning.attention import Tile
 from fastprompt.tuning.perturbation import Launch
+
+from . import attention, mapping, perturbation, suite, timing
 
 ROOT = Path(__file__).parent.parent
 SHARES = {  # of the time

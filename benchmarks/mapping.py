@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.suite import Case, Form, Inputs
 from fastprompt import functional
 from fastprompt.reference import mapping as reference
+
+from .suite import Case, Form, Inputs
 
 
 def loss_case(
@@ -263,3 +264,39 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     if dtype == torch.float32 or gpu:
         made += [matched(50_000, 8100, 100), matched(16_000, 32157, 397)]
     return made
+
+
+# The sizes that `--shape` sets.
+SIZED: dict[str, Callable[..., list[Case]]] = {
+    "map + cross-entropy": lambda dtype, B=256, S=1000, T=10: mapped_loss(B, S, T, dtype),
+    "many-to-one mean": lambda dtype, B=256, S=1000, T=10, m=10: many_to_one(B, S, T, m, "mean", dtype),
+    "many-to-one max": lambda dtype, B=256, S=1000, T=10, m=10: many_to_one(B, S, T, m, "max", dtype),
+    "many-to-one probabilities": lambda dtype, B=256, S=1000, T=10, m=10: many_to_one(B, S, T, m, "probabilities", dtype),
+    "matrix + cross-entropy": lambda dtype, B=256, S=1000, T=10: by_matrix(B, S, T, dtype),
+    "label head + cross-entropy": lambda dtype, B=64, V=50_257, d=1024, K=32: label_head(B, V, d, K, dtype),
+    "count": lambda dtype, N=50_000, S=1000, T=10: [counted(N, S, T, dtype)],
+    "count top-k": lambda dtype, N=15_880, S=8100, T=397, k=3: [counted(N, S, T, dtype, k=k)],
+    "match": lambda dtype, N=50_000, S=8100, T=100: [matched(N, S, T)],
+}
+
+
+def host_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """The calls that a training loop makes, on inputs so small that only the host's work counts."""
+    labels = functional.segments([[t, t + 10] for t in range(10)], 20).to(device)
+    logits, y = torch.randn(8, 20, device=device).requires_grad_(), torch.arange(8, device=device)
+    plain, index = logits.detach(), labels.members[:10]
+    columns = functional.label_columns(torch.arange(4, device=device), torch.randn(30, 20, device=device))
+    counts = torch.zeros((20, 10), dtype=torch.int64, device=device)
+
+    def step(form: Any) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(functional.mapped_cross_entropy(logits, form, y), logits)
+
+    return {
+        "map_labels, index": lambda: functional.map_labels(plain, index),
+        "map_labels, segments": lambda: functional.map_labels(plain, labels),
+        "mapped_cross_entropy, index": lambda: functional.mapped_cross_entropy(plain, index, y),
+        "mapped_cross_entropy+backward, index": step(index),
+        "mapped_cross_entropy+backward, segments": step(labels),
+        "label_head": lambda: functional.label_head(plain, columns, target=y % 4),
+        "count_labels_": lambda: functional.count_labels_(counts, plain, y),
+    }

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.suite import Case, Form, Inputs, Skip
 from fastprompt import functional
 from fastprompt.nn import PaddedPrompt
+
+from .suite import Case, Form, Inputs, Skip
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4.1e-3, torch.float16: 5.2e-4}  # forward: rounding of the output
@@ -526,3 +527,17 @@ def host_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "perturb+backward": lambda: torch.autograd.grad(forward(), module.prompt, g),
         "PaddedPrompt": lambda: module(x),
     }
+
+
+ALL = ("forward", "backward", "both")
+# The sizes that `--shape` sets.
+SIZED: dict[str, Callable[..., list[Case]]] = {
+    "pad": lambda dtype, B=32, size=32, canvas=224, K=1: padded(B, size, canvas, dtype, ALL, copies=K),
+    "watermark": lambda dtype, B=32, canvas=224: framed(B, None, dtype, ALL, canvas=canvas, name="watermark"),
+    "frame": lambda dtype, B=32, canvas=224, width=30, N=1: framed(B, width, dtype, ALL, prompts=N, canvas=canvas),
+    "clamp": lambda dtype, B=32, canvas=224: clamped(B, dtype, ALL, canvas),
+    "smm": lambda dtype, B=32, canvas=224, patch=8: masked(B, dtype, ALL, canvas, patch),
+    "blackvip": lambda dtype, B=32, canvas=224: generated(B, dtype, canvas),
+    "resize": lambda dtype, B=32, size=32, target=224: resized(B, size, target, "bicubic", dtype),
+    "series": lambda dtype, B=32, length=16_000, short=500: series(B, dtype, ALL, length, short),
+}

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.suite import Case, Form, Inputs, Skip
 from fastprompt.hoist import hoist, hoist_deep, prefixed
+
+from .suite import Case, Form, Inputs, Skip
 
 
 class Models:
@@ -180,3 +181,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         made += [vpt_deep(768, 12, 256, length, dtype, "both") for length in (10, 50, 100)]
         made += [soft_prompt(32, 128, 100, dtype)]
     return made
+
+
+# The sizes that `--shape` sets.
+SIZED: dict[str, Callable[..., list[Case]]] = {
+    "vpt-deep": lambda dtype, d=384, L=12, B=16, P=50: [vpt_deep(d, L, B, P, dtype, mode) for mode in ("both", "forward")],
+    "soft prompt": lambda dtype, B=16, T=64, P=100: [soft_prompt(B, T, P, dtype)],
+}

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+import fastprompt
 
+from . import timing
+
+ROOT = Path(__file__).resolve().parents[1]  # of the source tree; in a wheel, the package
 Inputs = dict[str, Any]
 Form = Callable[[Inputs], Tensor]
 
@@ -68,11 +76,66 @@ class Case:
 
 def load(family: str) -> Callable[..., list[Case]]:
     """The `cases(device, dtype)` of a family."""
-    return import_module(f"benchmarks.{family}").cases
+    return _module(family).cases
+
+
+def _module(family: str) -> Any:
+    return import_module(f"{__package__}.{family}")
 
 
 def available() -> list[str]:
     return [name for name in FAMILIES if (Path(__file__).parent / f"{name}.py").exists()]
+
+
+# ---- The choice of cases ----
+
+
+def prepare(options: Namespace) -> torch.device:
+    """Sets threads and clock as the options say."""
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: there is no GPU here")
+    if options.busy:
+        timing.host_clock = time.process_time
+    if options.threads or options.busy:
+        torch.set_num_threads(options.threads or 1)
+    return device
+
+
+def own_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """CUDA graphs need another stream than the default one."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def choose(options: Namespace, device: torch.device) -> list[Case]:
+    """The cases that the options name. ValueError says which sizes or rivals there are when one is unknown."""
+    families = options.family or available()
+    dtypes = options.dtype or ["bfloat16" if device.type == "cuda" else "float32"]
+    made = [case for sizes in options.shape or () for dtype in dtypes for case in _sized(families, sizes, getattr(torch, dtype))]
+    if not options.shape:
+        made = [case for family in families for dtype in dtypes for case in load(family)(device, getattr(torch, dtype))]
+    made = [case for case in made if options.case in case.title]
+    if options.rival:
+        known = {name for case in made for name in _rivals(case)}
+        if unknown := sorted(set(options.rival) - known):
+            raise ValueError(f"--rival {unknown[0]!r}: these cases have {', '.join(sorted(known)) or 'none'}")
+        made = [case for case in made if set(options.rival) & set(_rivals(case))]
+    return made
+
+
+def _sized(families: Sequence[str], sizes: dict[str, int], dtype: torch.dtype) -> list[Case]:
+    """The cases of a family's `SIZED` that have all these sizes; the other sizes keep their defaults."""
+    builders = {f"{family}/{name}": build for family in families for name, build in getattr(_module(family), "SIZED", {}).items()}
+    names = {title: dict(list(signature(build).parameters.items())[1:]) for title, build in builders.items()}
+    found = [case for title, build in builders.items() if sizes.keys() <= names[title].keys() for case in build(dtype, **sizes)]
+    if not found:
+        known = "\n".join(f"  {title:36} {','.join(f'{n}={p.default}' for n, p in own.items())}" for title, own in names.items())
+        raise ValueError(f"--shape: no case has all of {', '.join(sizes)}. Sizes and their defaults:\n{known}")
+    return found
+
+
+def _rivals(case: Case) -> list[str]:
+    return [*list(case.forms)[1:], *(["compile"] if "eager" in case.forms else [])]
 
 
 # ---- One provider ----
@@ -112,6 +175,10 @@ def error(outputs: tuple[Tensor, ...], truth: tuple[Tensor, ...], mode: str) -> 
     return worst
 
 
+def sentence(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0][:160]}"
+
+
 def truth_of(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(t.detach() for t in bind(case.formula, case, in_float64(inputs))())
 
@@ -125,8 +192,10 @@ def _compiled(form: Form) -> Form:
     return torch.compile(form, dynamic=False, fullgraph=True)
 
 
-def run(case: Case, device: torch.device, ceilings: dict[str, float], *, quick: bool = False) -> dict[str, Any]:
-    """Checks and times a case. Everything that is printed is in the result."""
+def run(
+    case: Case, device: torch.device, ceilings: dict[str, float], *, quick: bool = False, rivals: Sequence[str] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Checks and times a case, beside these rivals (None: all). Everything that is printed is in the result."""
     generator = torch.Generator(device).manual_seed(0)
     first = case.inputs(generator, device)
     truth = truth_of(case, first)
@@ -136,8 +205,11 @@ def run(case: Case, device: torch.device, ceilings: dict[str, float], *, quick: 
     sets = [first, *(case.inputs(generator, device) for _ in range(count - 1))]
 
     forms = dict(case.forms)
-    if "eager" in forms and not quick:
+    if "eager" in forms and (not quick or "compile" in (rivals or ())):
         forms["compile"] = _compiled(forms["eager"])
+    if rivals is not None:
+        forms = {name: form for place, (name, form) in enumerate(forms.items()) if not place or name in rivals}
+    written = [t._version for t in tensors]
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, list[timing.Call]] = {}
     for name, form in forms.items():
@@ -153,13 +225,16 @@ def run(case: Case, device: torch.device, ceilings: dict[str, float], *, quick: 
             if row["error"] > case.loose.get(name, case.tolerance):
                 row["refused"] = f"wrong answer: error {row['error']:.2g}"
                 continue
+            if [t._version for t in tensors] != written:
+                raise RuntimeError("it writes into the inputs that all providers share")
             calls[name] = [call, *(bind(form, case, inputs) for inputs in sets[1:])]
             row["peak_bytes"] = timing.peak_memory(call, device)
             row["launches"] = timing.launches(call, device)
+            row["page_faults"] = timing.page_faults(call, device)
         except Skip as reason:
             row["refused"] = f"not here: {reason}"
         except Exception as failure:  # a rival that breaks is a result, not the end of the run
-            row["refused"] = f"failed: {type(failure).__name__}: {str(failure).splitlines()[0][:160]}"
+            row["refused"] = f"failed: {sentence(failure)}"
     ours = next(iter(forms))
     if ours in calls:
         calls["A/A"] = calls[ours]
@@ -172,13 +247,16 @@ def run(case: Case, device: torch.device, ceilings: dict[str, float], *, quick: 
     result = {
         "family": case.family, "case": case.name, "mode": case.mode, "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."), "bytes": case.bytes, "flops": case.flops,
-        "floor_s": floor, "sets": count, "best": [name for name in case.best if name in times], "rows": rows,
+        "floor_s": floor, "sets": count, "cold": set_bytes * count >= timing.COLD_BYTES[device.type],
+        "best": [name for name in case.best if name in times], "rows": rows,
     }  # fmt: skip
     if ours in times:
         base = times[ours].median
         result["noise"] = abs(times["A/A"].median / base - 1)
         result["of_copy_ceiling"] = case.bytes / base / ceilings["copy"]
         result["speedup"] = {n: times[n].median / base for n in times if n not in (ours, "A/A")}
+    if "frozen" in times:
+        result["overhead"] = {n: t.median / times["frozen"].median for n, t in times.items() if n not in ("frozen", "A/A")}
     del calls, sets, first, truth
     gc.collect()
     return result
@@ -194,9 +272,15 @@ def text(result: dict[str, Any]) -> str:
     facts = f"floor {us(result['floor_s'])} us ({result['bytes'] / 1e6:,.1f} MB)"
     if "noise" in result:
         facts += f", {result['of_copy_ceiling']:.0%} of the copy ceiling, A/A {result['noise']:.1%}"
+    facts += "" if result["cold"] else ", warm cache"
     lines = [head, f"  {facts}"]
+    overhead = result.get("overhead", {})
+    over = f"{'vs frozen':>11}" if overhead else ""
+    # What a call costs besides bytes: launches on a GPU, page faults of fresh memory on a CPU.
+    extra = "launches" if any(row.get("launches") is not None for row in result["rows"].values()) else "page_faults"
     lines.append(
-        f"  {'':14}{'median us':>12}{'p20':>12}{'p80':>12}{'vs ours':>9}{'peak MB':>9}{'launches':>9}{'error':>9}  clock"
+        f"  {'':14}{'median us':>12}{'p20':>12}{'p80':>12}{'vs ours':>9}{over}{'peak MB':>9}{extra.removeprefix('page_'):>9}"
+        f"{'error':>9}  clock"
     )
     for name, row in result["rows"].items():
         if "refused" in row:
@@ -206,10 +290,11 @@ def text(result: dict[str, Any]) -> str:
             continue
         ratio = result.get("speedup", {}).get(name)
         lost = " LOSS" if name in result["best"] and ratio and ratio < 0.95 else ""
+        over = f"{f'{overhead[name]:.2f}x' if name in overhead else '':>11}" if overhead else ""
         lines.append(
             f"  {name:14}{us(row['median_s']):>12}{us(row['p20_s']):>12}{us(row['p80_s']):>12}"
-            f"{f'{ratio:.2f}x' if ratio else '':>9}{row['peak_bytes'] / 1e6:>9.1f}"
-            f"{'' if row['launches'] is None else row['launches']:>9}{row['error']:>9.1e}  {row['clock']}{lost}"
+            f"{f'{ratio:.2f}x' if ratio else '':>9}{over}{row['peak_bytes'] / 1e6:>9.1f}"
+            f"{'' if row[extra] is None else row[extra]:>9}{row['error']:>9.1e}  {row['clock']}{lost}"
         )
     return "\n".join(lines)
 
@@ -226,23 +311,36 @@ def conditions(device: torch.device) -> dict[str, Any]:
         except OSError:
             return ""
 
-    root = str(Path(__file__).parent.parent)
+    checkout = (ROOT / ".git").exists()  # an installed package may lie in somebody else's
+    git = ("git", "-C", str(ROOT))
     try:
         triton = import_module("triton").__version__
     except ImportError:
         triton = None
     facts = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": output("git", "-C", root, "rev-parse", "--short=12", "HEAD") or "unknown",
-        "changed_files": output("git", "-C", root, "status", "--porcelain", "--", "fastprompt", "kernels").splitlines(),
+        "commit": (output(*git, "rev-parse", "--short=12", "HEAD") if checkout else "") or "unknown",
+        "changed_files": output(*git, "status", "--porcelain", "--", "fastprompt", "kernels").splitlines() if checkout else [],
+        "fastprompt": fastprompt.__version__,
         "python": platform.python_version(), "torch": torch.__version__, "triton": triton,
         "device": _cpu_name(), "threads": torch.get_num_threads(),
+        "system": platform.platform(), "huge_pages": huge_pages(), "command": " ".join(sys.argv),
     }  # fmt: skip
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
         facts["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def huge_pages() -> str | None:
+    """Whether large tensors on the host are made of huge pages: the kernel's setting, then PyTorch's. Page faults of fresh
+    outputs are most of the time of a cheap pass on a CPU."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists():
+        return None
+    chosen = setting.read_text().partition("[")[2].partition("]")[0]
+    return f"{chosen}, THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '0')}"
 
 
 def _cpu_name() -> str:

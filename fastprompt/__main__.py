@@ -1,4 +1,4 @@
-"""The command line: `fastprompt demo`, `fastprompt methods`."""
+"""The command line: `fastprompt demo`, `fastprompt methods`, `fastprompt bench`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "many-to-one blm blm+ linear",
     )  # fmt: skip
     commands.add_parser("methods", help="list the methods and where they lie in the taxonomy")
+    bench = commands.add_parser("bench", help="time fastprompt beside its rivals", add_help=False, prefix_chars="\0")
+    bench.add_argument("options", nargs="*")  # benchmarks/__main__.py reads them: nothing looks like an option here
     options = parser.parse_args(arguments)
     # torch is imported inside the commands: --help answers at once.
     if options.command == "methods":
@@ -32,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `fastprompt methods | head`: nobody reads on, and Python's last flush must not fail either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if options.command == "bench":
+        from fastprompt.benchmarks.__main__ import main as run_benchmarks
+
+        return run_benchmarks(options.options, prog="fastprompt bench")
     from fastprompt.demo.compare import compare
     from fastprompt.demo.run import run
 

@@ -34,7 +34,7 @@ RANK = {
     "methods": 6,
     "training": 7, "blackbox": 7,
     "": 8,
-    "demo": 9,
+    "demo": 9, "benchmarks": 9,
     "__main__": 10,
 }  # fmt: skip
 
@@ -44,11 +44,12 @@ def modules():
     for folder, package in (
         (ROOT / "fastprompt", "fastprompt"),
         (ROOT / "kernels", "fastprompt.kernels"),
+        (ROOT / "benchmarks", "fastprompt.benchmarks"),
     ):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
-            if "__pycache__" in parts or (package == "fastprompt" and parts[0] == "kernels"):
-                continue  # Python 3.13 and newer follow the link
+            if "__pycache__" in parts or (package == "fastprompt" and parts[0] in ("kernels", "benchmarks")):
+                continue  # Python 3.13 and newer follow the links
             yield ".".join((package, *parts)), path.read_text()
 
 
@@ -382,7 +383,8 @@ def python(code):
 
 
 def test_import_without_triton():
-    names = [name.removesuffix(".__init__") for name, _ in modules() if place(name)[0] not in ("kernels", "demo", "integrations")]
+    out = ("kernels", "demo", "integrations", "benchmarks")
+    names = [name.removesuffix(".__init__") for name, _ in modules() if place(name)[0] not in out]
     python(
         "import importlib, sys\n"
         "sys.modules['triton'] = None\n"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LINKED = ("benchmarks", "kernels")  # folders of the tree that are packages of fastprompt
 BUILD = "from setuptools import build_meta as b; import sys; print(b.build_{}(sys.argv[1]))"
 
 
@@ -36,13 +39,12 @@ def build(kind, tree, out):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A copy of the source tree without its link, its sdist, and the wheels of both."""
+    """A copy of the source tree without its links, its sdist, and the wheels of both."""
     folder = tmp_path_factory.mktemp("built")
     tree = folder / "tree"
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "kernels")
-    shutil.copytree(ROOT / "fastprompt", tree / "fastprompt", ignore=ignore)
-    shutil.copytree(ROOT / "kernels", tree / "kernels", ignore=ignore)
-    shutil.copytree(ROOT / "tests", tree / "tests", ignore=ignore)
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", *LINKED)
+    for name in ("fastprompt", *LINKED, "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, tree)
@@ -67,14 +69,12 @@ def installed(built, tmp_path_factory):
 def expected_files():
     """What the wheel must hold: every module and every data file in the tree."""
     kinds = (".py", ".json", ".safetensors", ".typed")
-    for folder, prefix in (
-        (ROOT / "fastprompt", "fastprompt"),
-        (ROOT / "kernels", "fastprompt/kernels"),
-    ):
+    for folder, prefix in ((ROOT / "fastprompt", "fastprompt"), *((ROOT / name, f"fastprompt/{name}") for name in LINKED)):
         for path in folder.rglob("*"):
             relative = path.relative_to(folder)
-            linked = prefix == "fastprompt" and relative.parts[0] == "kernels"
-            if path.suffix in kinds and path.is_file() and not linked:
+            linked = prefix == "fastprompt" and relative.parts[0] in LINKED
+            result = prefix == "fastprompt/benchmarks" and path.suffix == ".json"  # figures of one machine stay in the tree
+            if path.suffix in kinds and path.is_file() and not linked and not result:
                 yield f"{prefix}/{relative.as_posix()}"
 
 
@@ -97,10 +97,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
 def test_the_sdist_holds_the_sources_and_no_tests(built):
     unpacked, _ = built
     names = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
-    sources = {n.replace("fastprompt/kernels/", "kernels/") for n in expected_files()}
+    sources = {re.sub("^fastprompt/(benchmarks|kernels)/", r"\1/", n) for n in expected_files()}
     assert sources <= names
     assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py"} <= names
-    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", ".ci/"))]
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/results/", ".ci/"))]
 
 
 USE = """
@@ -128,10 +128,22 @@ def test_the_installed_wheel_works(installed, tmp_path, cwd):
 
 
 def test_the_source_tree_works_with_nothing_installed(tmp_path):
-    assert os.readlink(ROOT / "fastprompt" / "kernels") == os.path.join("..", "kernels")
+    for name in LINKED:
+        assert os.readlink(ROOT / "fastprompt" / name) == os.path.join("..", name)
     run("-c", USE, ROOT, cwd=ROOT)
     run("-c", USE, ROOT, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
 def test_the_command_line_answers(installed, tmp_path):
     assert "methods" in run("-m", "fastprompt", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+
+
+def test_the_installed_wheel_runs_the_benchmarks(installed, tmp_path):
+    """The same command as `python -m benchmarks` in the tree; no commit is claimed where there is no checkout."""
+    case = ("--family", "mapping", "--case", "label head", "--shape", "B=4,V=99,d=8,K=3", "--rival", "eager")
+    options = ("--device", "cpu", "--threads", "1", "--quick", "--json", tmp_path / "out.json")
+    said = run("-m", "fastprompt", "bench", *case, *options, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert "2 cases, 0 refused, 0 not run" in said
+    conditions = json.loads((tmp_path / "out.json").read_text())["conditions"]
+    assert conditions["commit"] == "unknown"
+    assert conditions["fastprompt"] in installed.joinpath("fastprompt", "__init__.py").read_text()
