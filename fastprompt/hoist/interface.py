@@ -7,7 +7,8 @@ argument of the attention function, never an entry of a cache: the same for any 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ class Inexact(ValueError):
     """A prompt that the model's own keys and values do not stand for."""
 
 
-class Given(NamedTuple):
+@dataclass(frozen=True)  # no tuple: what moves a block's arguments to another device would take a tuple apart
+class Given:
     """What an attention layer of a prefixed model reads."""
 
     keys: Tensor
@@ -34,9 +36,19 @@ class Given(NamedTuple):
     read: list[bool]
     window: int | None = None  # a token sees what is less than that many positions before it
     past: int | Tensor = 0  # tokens between the prefix and the first query
+    cross: nn.Module | None = None  # the block's cross attention,
+    to_cross: bool = False  # which alone reads this, or which alone does not
+    relative: nn.Module | None = None  # T5's attention with the table of biases by distance
+
+    def beside(self, key: Tensor) -> Given:
+        """On the device, and in the dtype, of a layer's own keys."""
+        index = [None if part is None else part.to(key.device) for part in (self.which, self.lengths)]
+        keys, values = (part.to(key.device, key.dtype) for part in (self.keys, self.values))
+        return replace(self, keys=keys, values=values, which=index[0], lengths=index[1])
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True)
+class Record:
     """Where an attention layer of a hoisting run leaves what it saw."""
 
     seen: list[KeyValue]
@@ -50,7 +62,8 @@ class Enough(Exception):
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, is_causal: bool | None = None, fastprompt: Given | Record | None = None, **others: Any,
+    scaling: float | None = None, is_causal: bool | None = None, fastprompt: Given | Record | None = None,
+    fastprompt_cross: Given | None = None, position_bias: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query [B, H, T, D], key and value [B, Hkv, S, D] -> [B, T, H, D].
 
@@ -60,14 +73,15 @@ def attention(
     layer = type(module).__name__
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and getattr(getattr(module, "config", None), "is_causal", True)  # a decoder may be used as an encoder
-    for name in ("position_bias", "s_aux"):
-        if others.get(name) is not None:
-            raise Inexact(f"{layer}: its attention has a {name}, which attention over a shared prefix does not know")
+    if others.get("s_aux") is not None:
+        raise Inexact(f"{layer}: its attention has an s_aux, which attention over a shared prefix does not know")
     if dropout:
         raise Inexact(f"{layer}: dropout {dropout} on attention weights is active; put the frozen model in eval mode")
     if value.shape[-1] != key.shape[-1]:
         raise Inexact(f"{layer}: keys of {key.shape[-1]} elements and values of {value.shape[-1]}")
     if isinstance(fastprompt, Record):
+        if position_bias is not None:
+            raise Inexact(f"{layer}: a position_bias, in which tokens of the prompt would move the samples'; use PrefixKV")
         if fastprompt.shallow and not causal:
             raise Inexact(
                 f"{layer}: bidirectional attention, where a shallow prompt's keys and values depend on each sample; use a deep "
@@ -76,7 +90,10 @@ def attention(
         fastprompt.seen.append((key, value))
         if fastprompt.last and not torch.compiler.is_compiling():  # a compiler drops by itself what nobody reads
             raise Enough
-    given = fastprompt if isinstance(fastprompt, Given) else None
+    both = [each for each in (fastprompt, fastprompt_cross) if isinstance(each, Given)]
+    if any(each.cross is module for each in both):
+        position_bias = None  # T5 hands zeros to cross attention
+    given = next((each for each in both if (each.cross is module) == each.to_cross), None)
     if given is not None:
         given.read[:] = [True]
         if given.window and not causal:
@@ -84,35 +101,39 @@ def attention(
     if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.dim() != 4):
         raise bad("attention_mask", "which keys are seen, bool [B, S]", f"{attention_mask.dtype} {list(attention_mask.shape)}")
     softcap = others.get("softcap")
-    out = attend(query, key, value, given, attention_mask, causal and query.shape[2] > 1, scaling, softcap)
+    out = attend(query, key, value, given, attention_mask, causal and query.shape[2] > 1, scaling, softcap, position_bias)
     return out.transpose(1, 2), None
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, given: Given | None, mask: Tensor | None, causal: bool,
-    scale: float | None = None, softcap: float | None = None,
+    scale: float | None = None, softcap: float | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[B, H, T, D] over a prefix and own keys; mask [B, 1, 1, S'] says which first S' keys exist, [.., T, S] all."""
+    """[B, H, T, D] over a prefix and own keys; mask [B, 1, 1, S'] says which first S' keys exist, [.., T, S] all.
+
+    bias [1, H, T, S] is added to the scores of own keys; the prefix's columns have `given.relative`'s, or 0.
+    """
+    given = None if given is None else given.beside(key)
     queries, width = query.shape[2], given.keys.shape[2] if given is not None else 0
     near = given is None or given.window is None
     if not near and isinstance(given.past, int):  # type: ignore[union-attr]
         near = width + given.past + queries <= given.window  # type: ignore[union-attr, operator]
-    if near and (mask is None or mask.shape[1:3] == (1, 1)):
+    if near and bias is None and (mask is None or mask.shape[1:3] == (1, 1)):
         options: dict[str, Any] = {}
         if mask is not None:
             options["key_mask"] = mask[:, 0, 0].expand(query.shape[0], -1)
             key, value = key[:, :, : mask.shape[3]], value[:, :, : mask.shape[3]]
         if given is not None:
-            options["prefix_k"], options["prefix_v"] = given.keys.to(key.dtype), given.values.to(key.dtype)
+            options["prefix_k"], options["prefix_v"] = given.keys, given.values
             options["prefix_index"], options["prefix_lengths"] = given.which, given.lengths
         out: Tensor = functional.prefix_attention(query, key, value, causal=causal, scale=scale, softcap=softcap, **options)
         return out
-    return _attend_masked(query, key, value, given, mask, causal, scale, softcap)
+    return _attend_masked(query, key, value, given, mask, causal, scale, softcap, bias)
 
 
 def _attend_masked(
     query: Tensor, key: Tensor, value: Tensor, given: Given | None, mask: Tensor | None, causal: bool, scale: float | None,
-    softcap: float | None,
+    softcap: float | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The general case, by PyTorch's attention on the prefix copied in front of each sample's keys, with a whole mask."""
     if softcap:
@@ -124,20 +145,33 @@ def _attend_masked(
     mask = mask.expand(batch, -1, queries, -1)
     if causal and mask.shape[2] != 1 and mask.stride(2) == 0:
         mask = mask & torch.ones((queries, key.shape[2]), dtype=torch.bool, device=device).tril(key.shape[2] - queries)
+    bias = None if bias is None else bias[..., : mask.shape[3]]
     if given is not None:
         index = given.which[:, None] if given.which is not None and given.which.dim() == 1 else given.which
-        columns, there = prefix_columns(given.keys.to(key.dtype), index, given.lengths, batch)
-        values, _ = prefix_columns(given.values.to(key.dtype), index, given.lengths, batch)
+        columns, there = prefix_columns(given.keys, index, given.lengths, batch)
+        values, _ = prefix_columns(given.values, index, given.lengths, batch)
         seen = there[:, None, None].expand(-1, 1, queries, -1)
-        if given.window is not None:
+        if given.window is not None or given.relative is not None:
             if index is not None and index.shape[1] > 1:
-                raise Inexact("index: expected one prefix a sample where attention has a window, got several")
+                raise Inexact("index: expected one prefix a sample where attention counts positions, got several")
             place = torch.arange(there.shape[1], device=device)
             ahead = there.sum(1)[:, None, None] - place + given.past + torch.arange(queries, device=device)[:, None]
-            seen = seen & (ahead < given.window)[:, None]
+            if given.window is not None:
+                seen = seen & (ahead < given.window)[:, None]
+        if bias is not None:
+            front = bias.new_zeros(()).expand(1, bias.shape[1], queries, there.shape[1])
+            if given.relative is not None:
+                longest = there.shape[1] + key.shape[2]  # behind an absent prefix, distances are not read
+                table = given.relative.compute_bias(1, longest, device=device, past_seen_tokens=longest - 1)  # type: ignore[operator]
+                same = index is None and given.lengths is None
+                distance = longest - 1 - ahead[: 1 if same else None].clamp(0, longest - 1)
+                front = table[0, :, 0].to(bias.dtype)[:, distance].transpose(0, 1)
+            bias = torch.cat([front, bias.expand(len(front), -1, -1, -1)], 3)
         mask = torch.cat([seen.expand(-1, mask.shape[1], -1, -1), mask], 3)
         key = torch.cat([columns.expand(batch, -1, -1, -1), key], 2)
         value = torch.cat([values.expand(batch, -1, -1, -1), value], 2)
+    if bias is not None:
+        mask = bias.to(query.dtype).masked_fill(~mask, -torch.inf)
     grouped = key.shape[1] != query.shape[1]
     return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
 

@@ -48,15 +48,17 @@ def _parts(model: nn.Module) -> tuple[Any, list[nn.Module]]:
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
     config = model.config
     pair = config.is_encoder_decoder and {"encoder", "decoder"} <= {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if pair or getattr(config, "add_cross_attention", False):
-        raise Inexact(f"{type(model).__name__}: cross attention, where a prefix has no place")
-    count = getattr(config, "num_hidden_layers", 0)
-    lists = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    name = type(model).__name__
+    if pair:
+        raise Inexact(f'{name}: an encoder and a decoder; attach to one, by part="encoder", "decoder" or "decoder.cross"')
+    if getattr(config, "add_cross_attention", False):
+        raise Inexact(f"{name}: cross attention that may be there or not, where a prefix has no place")
+    counts = {getattr(config, key, 0) for key in ("num_hidden_layers", "encoder_layers", "decoder_layers")}
+    lists = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) in counts - {0}]
     lists = [part for part in lists if len({type(block) for block in part}) == 1 and _passes_on(part[0])]
     if len(lists) != 1:
-        raise Inexact(
-            f"{type(model).__name__}: {len(lists)} stacks of {count} blocks that pass arguments on to attention, not one"
-        )
+        count = getattr(config, "num_hidden_layers", 0)
+        raise Inexact(f"{name}: {len(lists)} stacks of {count} blocks that pass arguments on to attention, not one")
     # The innermost, because a head may call a decoder past the model around it.
     holders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and lists[0] in part.modules()]
     return holders[-1], list(lists[0])
@@ -95,7 +97,40 @@ def check_exact(model: nn.Module) -> None:
         raise Inexact(f"{capacity[0]}: experts with a capacity limit, where a token's route depends on the batch")
 
 
+def _cross(block: nn.Module) -> nn.Module | None:
+    """The cross attention of a decoder's block."""
+    names = ("EncDecAttention", "encoder_attn")
+    return next((part for name, part in block.named_modules() if name.rpartition(".")[2] in names), None)
+
+
+def _relative(blocks: Sequence[nn.Module]) -> list[nn.Module | None]:
+    """Where causal blocks have a table of biases by distance, as T5's first one for all."""
+    found: list[nn.Module | None] = []
+    for block in blocks:
+        own = next((part for part in block.modules() if getattr(part, "has_relative_attention_bias", False)), None)
+        found.append(own if own is not None or not found else found[0])
+    return found if _is_causal(blocks[0]) else [None] * len(blocks)
+
+
 # ---- Wiring ----
+
+
+@dataclass
+class _Use:
+    """A configuration, the attention that was in it before, and how many wires need this package's."""
+
+    config: Any
+    before: Any
+    wires: int = 0
+
+    def release(self) -> None:
+        self.wires -= 1
+        if not self.wires:
+            self.config._attn_implementation_internal = self.before
+            del _used[id(self.config)]
+
+
+_used: dict[int, _Use] = {}
 
 
 class Wiring:
@@ -103,26 +138,43 @@ class Wiring:
 
     Args:
         model: a model of transformers with one stack of blocks.
+        cross: wires the blocks' cross attention, not their self-attention.
 
     Attributes:
         base, blocks, windows: the model without its head, its blocks, how far back each of them sees (None: all).
+        biased: scores have a bias by relative position (T5).
+        key: what can have one prompt only.
         given, tokens: what the blocks get in the present call.
         busy: a run of the model inside another's hook.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, cross: bool = False) -> None:
+        self.model, self.to_cross = model, cross
         self.base, self.blocks = _parts(model)
-        self.windows = _windows(model, len(self.blocks))
+        self.crosses, self.relative = [_cross(block) for block in self.blocks], _relative(self.blocks)
+        if cross and None in self.crosses:
+            raise bad("part", "a decoder with cross attention", type(self.base).__name__)
+        self.key: nn.Module = self.crosses[0] if cross else self.base  # type: ignore[assignment]
+        self.biased = not cross and any(hasattr(part, "relative_attention_bias") for part in self.blocks[0].modules())
+        self.windows = [None] * len(self.blocks) if cross else _windows(model, len(self.blocks))
         self.given: Sequence[Any] | None = None
         self.tokens: Tokens | None = None
         self.began = self.busy = False
 
-        heads, config = getattr(self.base.config, "num_attention_heads", 0), self.base.config
+        config = self.base.config
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+        if config.is_encoder_decoder:  # the configuration's numbers are the encoder's
+            found = [vars(part).get("num_heads", vars(part).get("n_heads")) for part in self.blocks[0].modules()]
+            heads = next((each for each in found if each), 0)
         self.width: int | None = getattr(config, "hidden_size", None)
-        self.kv_heads: int | None = getattr(config, "num_key_value_heads", None) or heads or None
+        self.kv_heads: int | None = heads or None
+        heads = heads if config.is_encoder_decoder else getattr(config, "num_attention_heads", 0)
         self.head_dim: int | None = getattr(config, "head_dim", None) or (self.width // heads if heads and self.width else None)
-        self.kept: list[tuple[Any, Any]] = []
+        self.kept: list[_Use] = []
+        table = getattr(self.base, "embed_positions", None)  # BART's decoder is not told positions, its table is
+        told = table is not None and "position_ids" in inspect.signature(table.forward).parameters
+        self.table: nn.Module | None = table if told and not _takes_positions(self.base) and _is_causal(self.blocks[0]) else None
+        self.moved: int | Tensor = 0
 
     @contextmanager
     def attention(self) -> Iterator[None]:
@@ -133,12 +185,16 @@ class Wiring:
         AttentionMaskInterface.register(NAME, mask)
         model, base = self.model, self.base
         configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-        foreign = base.config._attn_implementation != NAME
-        if foreign:
-            self.kept = [(held, held._attn_implementation) for held in configs.values() if hasattr(held, "_attn_implementation")]
+        held = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+        for config in held:
+            if config._attn_implementation != NAME:
+                _used[id(config)] = _Use(config, config._attn_implementation)
+            if id(config) in _used:  # otherwise it was made with this attention
+                _used[id(config)].wires += 1
+                self.kept.append(_used[id(config)])
         with ExitStack() as hooks:
             try:
-                if foreign:
+                if any(config._attn_implementation != NAME for config in held):
                     model.set_attn_implementation(NAME)  # type: ignore[operator]
                 if base.config._attn_implementation != NAME:
                     raise Inexact(f"{type(model).__name__}: its attention cannot be exchanged")
@@ -149,14 +205,13 @@ class Wiring:
                 yield
             finally:
                 # Backward runs checkpointed blocks again: they must find the attention that they ran with.
-                if foreign and not any(getattr(block, "gradient_checkpointing", False) for block in base.modules()):
+                if not any(getattr(block, "gradient_checkpointing", False) for block in base.modules()):
                     self.restore()
 
     def restore(self) -> None:
-        """The attention that the model had before the first `attention`."""
-        for config, name in self.kept:
-            config._attn_implementation_internal = name
-        self.kept = []
+        """The attention that the model had before the first `attention`, unless other wires need this one."""
+        while self.kept:
+            self.kept.pop().release()
 
     def run(self, source: Callable[[dict[str, Any]], Reading | None]) -> None:
         """What a call of the model with one sample would read, inside `reading`."""
@@ -173,9 +228,10 @@ class Wiring:
             return with_rows(block, args, kwargs, self.tokens.deep, place)
         if self.given is None or self.given[place] is None:
             return None
-        if "fastprompt" in kwargs:
+        name = NAME + "_cross" if self.to_cross else NAME
+        if name in kwargs:
             raise ValueError(f"{type(block).__name__}: the model has a prefix already; leave that context first")
-        return args, {**kwargs, "fastprompt": self.given[place]}
+        return args, {**kwargs, name: self.given[place]}
 
     def _after_block(self, place: int, block: nn.Module, args: Any, out: Any) -> Any:
         if self.tokens is not None and place == len(self.blocks) - 1:
@@ -195,6 +251,7 @@ class Wiring:
             if self.busy:
                 return None
             kwargs, self.tokens, self.given, self.busy = named(module, args, kwargs), None, None, True
+            self.moved = 0
             try:
                 reading = source(kwargs)
             finally:
@@ -210,7 +267,12 @@ class Wiring:
             out["last_hidden_state"] = out["last_hidden_state"][:, tokens.shallow.shape[1] :]
             return out
 
+        def place(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.moved}
+
         with self.attention(), ExitStack() as hooks:
+            if self.table is not None:
+                hooks.callback(self.table.register_forward_pre_hook(place, with_kwargs=True).remove)
             hooks.callback(self.base.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(self.base.register_forward_hook(after).remove)
             yield
@@ -227,15 +289,21 @@ class Wiring:
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
         if any(self.windows):
             _check_packing(kwargs)
+        layers = zip(prefix, self.windows, self.crosses, self.relative, strict=True)
         self.given = [
-            None if pair is None else Given(*pair, reading.index, reading.lengths, [], window, past)
-            for pair, window in zip(prefix, self.windows, strict=True)
+            None if pair is None else Given(*pair, reading.index, reading.lengths, [], window, past, cross, self.to_cross, bias)
+            for pair, window, cross, bias in layers
         ]
-        if not (isinstance(shift, int) and shift == 0) and _takes_positions(base):
+        if isinstance(shift, int) and shift == 0:
+            return kwargs
+        self.moved = shift
+        if self.table is not None or _takes_positions(base):
             positions = _positions(base, kwargs)
+            shift = shift.to(positions.device) if isinstance(shift, Tensor) else shift
             if not isinstance(past, Tensor):
                 _check_table(base, _length(prefix), past + positions.shape[1])
-            kwargs["position_ids"] = torch.where(positions < 0, positions, positions + shift)  # below 0 is padding
+            if self.table is None:
+                kwargs["position_ids"] = torch.where(positions < 0, positions, positions + shift)  # below 0 is padding
         return kwargs
 
     def shift(self, reading: Reading) -> int | Tensor:
@@ -245,16 +313,24 @@ class Wiring:
         if len(prefix) != len(self.blocks):
             raise bad("prefix", f"keys and values for each of the {len(self.blocks)} blocks", len(prefix))
         shift = _offset(prefix, reading.index, reading.lengths) if reading.offset is None else reading.offset
+        if self.to_cross or self.biased:
+            return 0  # what is there has no positions, or counts distances
         moves = not (isinstance(shift, int) and shift == 0)
         if moves and not _takes_positions(self.base) and _is_causal(self.blocks[0]):
             name = type(self.base).__name__
-            raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
+            if self.table is None:
+                raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
+            if isinstance(shift, Tensor):
+                raise Inexact(f"{name}: one position for all samples, so no prompts of several lengths and none for some")
         return shift
 
     def shallow(self, prompt: Tensor, model: nn.Module | None = None) -> tuple[Hoisted, Any]:
         """(`hoist` inside `attention`, with a model the output that it has at the prompt's rows)."""
         base, blocks = self.base, self.blocks
         check_exact(base)
+        if base.config.is_encoder_decoder or any(self.crosses):
+            other = "a decoder, which reads an encoder" if any(self.crosses) else "an encoder, whose rows a decoder reads"
+            raise Inexact(f"{type(base).__name__}: {other}, so a soft prompt does more than its keys and values; use PrefixKV")
         if any(isinstance(part, nn.Conv1d) for block in blocks for part in block.modules()):
             raise Inexact(f"{type(base).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
         seen: list[KeyValue] = []

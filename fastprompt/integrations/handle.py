@@ -45,7 +45,10 @@ def attach(
         prompt: `PrefixKV` (prefix tuning, arXiv 2101.00190), `DeepPrompt` (VPT-deep, arXiv 2203.12119) or `SoftPrompt` (prompt
             tuning, arXiv 2104.08691); or several of one kind, in a list or by name. Prompts are numbered through.
         use: the prompt in use at first, see `Attached.use`.
-        part: name of the part of the model to attach to ("vision_model" of a CLIP).
+        part: name of the part of the model to attach to ("vision_model" of a CLIP). A model with an encoder and a decoder
+            takes prompts at "encoder", "decoder" and, for its cross attention, "decoder.cross" (`PrefixKV`): one handle each.
+            Under T5's bias by distance a decoder's prefix is what stands before the first token, as in a plain cache;
+            in the encoder, and in cross attention, the prefix's columns have no bias.
         blocks: name of the list of blocks, for a model that is not of transformers and has several of that length.
         fallback: "tokens": where keys and values made once are not exact (a soft prompt in an encoder, deep prompts in the
             first blocks only), tokens in every sample of a model of transformers.
@@ -75,10 +78,9 @@ class Attached:
         if fallback not in (None, "tokens"):
             raise bad("fallback", 'None or "tokens"', repr(fallback))
         self.model, self.prompts, self.fallback, self.reason = model, _by_name(prompt), fallback, ""
-        target = model if part is None else model.get_submodule(part)
-        self._path = _path(target, blocks, next(iter(self.prompts.values())))
-        if self._path.base in _attached:
-            other = "one with " + ", ".join(type(each).__name__ for each in _attached[self._path.base].prompts.values())
+        self._path = _path(model, part, blocks, next(iter(self.prompts.values())))
+        if self._path.key in _attached:
+            other = "one with " + ", ".join(type(each).__name__ for each in _attached[self._path.key].prompts.values())
             raise bad("model", "one without a prompt; call detach() on its handle first, or attach a list of prompts", other)
         self._rows: list[tuple[Any, int]] = []
         for name, each in self.prompts.items():
@@ -101,7 +103,7 @@ class Attached:
         except BaseException:
             self.detach()
             raise
-        _attached[self._path.base] = self
+        _attached[self._path.key] = self
 
     # ---- What users call ----
 
@@ -158,7 +160,8 @@ class Attached:
         """The very same model again: hooks, configuration, gradients and mode are those before `attach`."""
         self._hooks.close()
         self._path.restore()
-        _attached.pop(self._path.base, None)
+        if _attached.get(self._path.key) is self:
+            del _attached[self._path.key]
         for module, mode in self._modes:
             module.training = mode
         for parameter in self._trained:
@@ -174,7 +177,8 @@ class Attached:
         blocks = self._path.blocks
         kind = "PrefixKV" if isinstance(self._rows[0][0], PrefixKV) else type(self._rows[0][0]).__name__
         lines = [f"{type(self.model).__name__} with {', '.join(f'{name}: {each!r}' for name, each in self.prompts.items())}"]
-        lines.append(f"layers: {len(blocks)} {type(blocks[0]).__name__}")
+        cross = ", cross attention" if getattr(self._path, "to_cross", False) else ""
+        lines.append(f"layers: {len(blocks)} {type(blocks[0]).__name__}{cross}")
         if isinstance(self._path, Wiring):
             lines.append("path: the attention and mask interfaces of transformers, fastprompt.functional.prefix_attention")
         else:
@@ -185,6 +189,8 @@ class Attached:
             lines.append(f"hoisted: nothing, tokens are in every sample, because {self.reason}")
         else:
             lines.append("hoisted: the prompt's keys and values, made once a call for the batch")
+        if getattr(self._path, "biased", False):
+            lines.append("not fused: scores have a bias by distance, so the prompt is copied in front of each sample's keys")
         windows = getattr(self._path, "windows", None) or []
         far = [place for place, window in enumerate(windows) if window]
         if far:
@@ -269,18 +275,31 @@ def _by_name(prompt: Any) -> dict[str, Any]:
     return prompts
 
 
-def _path(model: nn.Module, blocks: str | None, prompt: Any) -> Wiring | Calls:
+def _path(model: nn.Module, part: str | None, blocks: str | None, prompt: Any) -> Wiring | Calls:
     try:
         from transformers import PreTrainedModel
     except ImportError:
         PreTrainedModel = ()  # type: ignore[assignment, misc]
-    if isinstance(model, PreTrainedModel):
+    cross = part is not None and part.endswith(".cross")
+    target = model if part is None else _part(model, part.removesuffix(".cross"))
+    if cross and not (isinstance(target, PreTrainedModel) and isinstance(prompt, PrefixKV)):
+        raise bad("part", "a decoder of transformers for .cross, and PrefixKV", f"{part!r} and {type(prompt).__name__}")
+    if isinstance(target, PreTrainedModel):
         if blocks is not None:
             raise bad("blocks", "None for a model of transformers, whose blocks are known", repr(blocks))
-        return Wiring(model)
+        return Wiring(target, cross)
     if isinstance(prompt, SoftPrompt):
-        raise Inexact(f"{type(model).__name__}: not a model of transformers, whose embeddings a soft prompt could join")
-    return Calls(model, blocks, prompt.layers)
+        raise Inexact(f"{type(target).__name__}: not a model of transformers, whose embeddings a soft prompt could join")
+    return Calls(target, blocks, prompt.layers)
+
+
+def _part(model: Any, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)  # type: ignore[no-any-return]
+    except AttributeError as missing:
+        if name in ("encoder", "decoder") and hasattr(model, f"get_{name}"):
+            return getattr(model, f"get_{name}")()  # type: ignore[no-any-return]
+        raise bad("part", f"the name of a part of {type(model).__name__}", repr(name)) from missing
 
 
 def _check_fit(name: str, prompt: Any, path: Wiring | Calls) -> None:
