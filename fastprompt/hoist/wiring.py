@@ -328,9 +328,10 @@ class Wiring:
         """(`hoist` inside `attention`, with a model the output that it has at the prompt's rows)."""
         base, blocks = self.base, self.blocks
         check_exact(base)
-        if base.config.is_encoder_decoder or any(self.crosses):
-            other = "a decoder, which reads an encoder" if any(self.crosses) else "an encoder, whose rows a decoder reads"
-            raise Inexact(f"{type(base).__name__}: {other}, so a soft prompt does more than its keys and values; use PrefixKV")
+        if any(self.crosses):
+            raise Inexact(f"{type(base).__name__}: a decoder, where a soft prompt reads each sample's encoder; use PrefixKV")
+        if base.config.is_encoder_decoder:  # as tokens neither: their rows are taken out of the encoder's output
+            raise bad("prompt", f"PrefixKV in {type(base).__name__}, whose rows a decoder reads", "a soft prompt")
         if any(isinstance(part, nn.Conv1d) for block in blocks for part in block.modules()):
             raise Inexact(f"{type(base).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
         seen: list[KeyValue] = []
