@@ -472,7 +472,7 @@ def test_what_is_refused():
     llama, vit = model_of("LlamaForCausalLM"), model_of("ViTModel")
     before = traces(llama)
     for wrong, prompt, message in (
-        (model_of("T5Model"), soft, "T5Model: cross attention"),
+        (model_of("T5Model"), soft, "T5Model: an encoder and a decoder"),
         (llama, fnn.SoftPrompt(P, 16), "prompt 0: expected width=32 for LlamaForCausalLM, got 16"),
         (llama, fnn.PrefixKV(2, 2, P, 8), "prompt 0: expected layers=3 for LlamaForCausalLM, got 2"),
         (llama, fnn.PrefixKV(LAYERS, HEADS, P, 8), "prompt 0: expected kv_heads=2 for LlamaForCausalLM, got 4"),
