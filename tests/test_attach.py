@@ -411,6 +411,50 @@ def test_ddp(tmp_path):
     handle.detach()
 
 
+# ---- Several devices ----
+
+
+@pytest.mark.parametrize("kind", ["soft", "prefix", "mixed"])
+def test_a_model_that_accelerate_dispatches(kind):
+    """Its hooks take the arguments of every block apart and move them; weights come from elsewhere, call by call."""
+    accelerate = pytest.importorskip("accelerate", reason="needs peft")
+    model = copy.deepcopy(model_of("LlamaForCausalLM"))
+    prompts = prefix_of(model) if kind == "prefix" else double(fnn.SoftPrompt(P, WIDTH))
+    prompts = [prompts, double(fnn.SoftPrompt(2, WIDTH))] if kind == "mixed" else prompts
+    choice = [1, None, 0] if kind == "mixed" else 0
+    handle = fastprompt.attach(model, prompts, use=choice)
+    want = model(words()).logits
+    handle.detach()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), state_dict=model.state_dict())
+    assert next(model.parameters()).is_meta
+    handle = fastprompt.attach(model, prompts, use=choice)
+    agree(model(words(), use_cache=False).logits, want, handle)
+    handle.detach()
+
+
+def test_keys_and_values_go_to_each_block_s_device(monkeypatch):
+    """Where things lie, and no more: two of three blocks are on "meta", which has no values, and attention is a stand-in."""
+    model, seen = copy.deepcopy(model_of("LlamaForCausalLM")), []
+
+    def moved(_, args, kwargs):
+        kwargs = {k: tuple(t.to("meta") for t in v) if k == "position_embeddings" else v for k, v in kwargs.items()}
+        return [each.to("meta") for each in args], kwargs
+
+    def attention(q, k, v, prefix_k=None, prefix_v=None, prefix_index=None, prefix_lengths=None, **_):
+        if prefix_k is not None:
+            seen.append([t.device.type for t in (q, k, prefix_k, prefix_v, prefix_index, prefix_lengths)])
+        return torch.empty_like(q)
+
+    for part in (*model.model.layers[1:], model.model.norm, model.lm_head):
+        part.to("meta").register_forward_pre_hook(moved, with_kwargs=True)
+    monkeypatch.setattr(fastprompt.functional, "prefix_attention", attention)
+    for prompts in ([prefix_of(model), prefix_of(model, length=2)], [double(fnn.SoftPrompt(n, WIDTH)) for n in (P, 2)]):
+        handle = fastprompt.attach(model, prompts, use=[1, 0, 1])
+        assert model(words(), use_cache=False).logits.shape == (B, T, VOCABULARY)
+        assert seen[-LAYERS:] == [["cpu"] * 6, ["meta"] * 6, ["meta"] * 6]
+        handle.detach()
+
+
 # ---- The handle ----
 
 
