@@ -235,6 +235,24 @@ def test_the_text_side_of_clip():
     handle.detach()
 
 
+def test_both_towers_of_clip_at_once():
+    text = {**SIZES, "eos_token_id": 2}
+    vision = OTHERS["CLIPVisionModel"]
+    model = frozen(lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)))
+    before, bare = traces(model), model(words(), images()).logits_per_image
+    soft, deep = double(fnn.SoftPrompt(P, WIDTH)), double(fnn.DeepPrompt(LAYERS, P, WIDTH))
+    with pytest.raises(Inexact, match="stacks of"):
+        fastprompt.attach(model, soft)
+    handles = [fastprompt.attach(model, soft, part="text_model"), fastprompt.attach(model, deep, part="vision_model")]
+    assert (model(words(), images()).logits_per_image - bare).abs().max() > 1e-3
+    want = [model.text_model(words()).last_hidden_state, model.vision_model(images()).last_hidden_state]
+    handles[0].detach()
+    assert torch.equal(model.vision_model(images()).last_hidden_state, want[1])
+    handles[1].detach()
+    assert torch.equal(model(words(), images()).logits_per_image, bare)
+    assert traces(model) == before
+
+
 def test_packed_sequences_each_see_the_prompt():
     model, prompt = model_of("LlamaForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
     ids, places = words()[:1], torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
@@ -242,8 +260,22 @@ def test_packed_sequences_each_see_the_prompt():
     handle = fastprompt.attach(model, prompt)
     agree(model(ids, position_ids=places, use_cache=False).logits, want, handle)
     handle.detach()
+    starts = torch.tensor([0, 3, T], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 4, "max_length_k": 4, "use_cache": False}
+    handle = fastprompt.attach(model, [prompt, double(fnn.SoftPrompt(2, WIDTH))])
+    agree(model(ids, position_ids=places, **packed).logits, want, prompt)
+    with pytest.raises(ValueError, match="position_ids: expected each sequence's own positions, beside cu_seq_lens_q, got None"):
+        model(ids, **packed)
+    handle.use([1, 0])
+    mixed = model(ids, position_ids=places, **packed).logits
+    handle.use(1)
+    torch.testing.assert_close(model(ids[:, :3]).logits, mixed[:, :3], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mixed[:, 3:], want[:, 3:], rtol=1e-9, atol=1e-9)
+    handle.detach()
     model, prompt = model_of("MistralForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
     handle = fastprompt.attach(model, prompt)
+    with pytest.raises(Inexact, match="no packed sequences where attention has a window or a bias"):
+        model(ids, position_ids=torch.arange(T)[None], **packed)
     with pytest.raises(Inexact, match="no packed sequences where attention has a window"):
         model(ids, position_ids=places, use_cache=False)
     handle.detach()

@@ -36,6 +36,15 @@ def vision():
     }  # fmt: skip
 
 
+def vit():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=224, patch_size=16,
+        num_labels=1000,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config)
+
+
 def language():
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     peft = pytest.importorskip("peft", reason="needs peft")
@@ -54,13 +63,21 @@ def language():
     }  # fmt: skip
 
 
+def small(block: str) -> str:
+    for said, run in (("epochs=12", "epochs=1"), ("128256", "99"), ("layers=12", "layers=2"), ("width=768", "width=32")):
+        block = block.replace(said, run)
+    return block
+
+
 @pytest.mark.parametrize("place", range(len(BLOCKS)), ids=lambda place: BLOCKS[place].split("\n")[0][:40])
 def test_the_example_runs(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    block = BLOCKS[place].replace("epochs=12", "epochs=1").replace("128256", "99")
+    block = small(BLOCKS[place])
     names = {"torch": torch, "fastprompt": fastprompt}
     if re.search(r"images|resnet", block):
         names |= vision()
+    if "(vit, " in block:
+        names["vit"] = vit()
     if "llama" in block:
         names |= language()
         names["labels"] = names["ids"]

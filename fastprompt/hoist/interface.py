@@ -68,7 +68,8 @@ def attention(
     """query [B, H, T, D], key and value [B, Hkv, S, D] -> [B, T, H, D].
 
     attention_mask is `mask`'s: None, or bool [B, 1, 1, S'], where S' <= S says how many keys a static cache holds, or
-    [B, 1 or H, T, S], which says everything.
+    [B, 1 or H, T, S], which says everything. cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: where packed sequences
+    start, as transformers hands them to its varlen attention; a mask is then not read.
     """
     layer = type(module).__name__
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -100,14 +101,20 @@ def attention(
             raise Inexact(f"{layer}: a window of {given.window} tokens to both sides, in which a prefix has no place")
     if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.dim() != 4):
         raise bad("attention_mask", "which keys are seen, bool [B, S]", f"{attention_mask.dtype} {list(attention_mask.shape)}")
-    softcap = others.get("softcap")
-    out = attend(query, key, value, given, attention_mask, causal and query.shape[2] > 1, scaling, softcap, position_bias)
+    packed = None
+    if others.get("cu_seq_lens_q") is not None:
+        names = {"cu_seqlens": "cu_seq_lens_q", "cu_seqlens_k": "cu_seq_lens_k"}
+        names |= {"max_seqlen": "max_length_q", "max_seqlen_k": "max_length_k"}
+        packed = {name: others.get(theirs) for name, theirs in names.items()}
+    causal, softcap = causal and query.shape[2] > 1, others.get("softcap")
+    out = attend(query, key, value, given, attention_mask, causal, scaling, softcap, position_bias, packed)
     return out.transpose(1, 2), None
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, given: Given | None, mask: Tensor | None, causal: bool,
     scale: float | None = None, softcap: float | None = None, bias: Tensor | None = None,
+    packed: dict[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """[B, H, T, D] over a prefix and own keys; mask [B, 1, 1, S'] says which first S' keys exist, [.., T, S] all.
 
@@ -118,9 +125,11 @@ def attend(
     near = given is None or given.window is None
     if not near and isinstance(given.past, int):  # type: ignore[union-attr]
         near = width + given.past + queries <= given.window  # type: ignore[union-attr, operator]
-    if near and bias is None and (mask is None or mask.shape[1:3] == (1, 1)):
-        options: dict[str, Any] = {}
-        if mask is not None:
+    if packed is not None and not (near and bias is None):
+        raise Inexact("cu_seq_lens_q: expected no packed sequences where attention has a window or a bias, got some")
+    if near and bias is None and (mask is None or mask.shape[1:3] == (1, 1) or packed is not None):
+        options = {} if packed is None else dict(packed)
+        if mask is not None and packed is None:
             options["key_mask"] = mask[:, 0, 0].expand(query.shape[0], -1)
             key, value = key[:, :, : mask.shape[3]], value[:, :, : mask.shape[3]]
         if given is not None:

@@ -285,7 +285,9 @@ class Wiring:
                 raise Inexact(f"{type(base).__name__}: tokens in the blocks of a causal model have no place in its mask")
             self.tokens, self.began = prefix, not _past(kwargs)
             return kwargs if prefix.shallow is None else in_front(base, prefix.shallow, kwargs, self.began)
-        shift, past = self.shift(reading), _past(kwargs)
+        shift, past, starts = self.shift(reading), _past(kwargs), kwargs.get("cu_seq_lens_q")
+        if starts is not None and kwargs.get("position_ids") is None:
+            raise bad("position_ids", "each sequence's own positions, beside cu_seq_lens_q", None)
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
         if any(self.windows):
             _check_packing(kwargs)
@@ -299,7 +301,11 @@ class Wiring:
         self.moved = shift
         if self.table is not None or _takes_positions(base):
             positions = _positions(base, kwargs)
-            shift = shift.to(positions.device) if isinstance(shift, Tensor) else shift
+            if isinstance(shift, Tensor):
+                shift = shift.to(positions.device)
+                if starts is not None and len(shift) > 1:  # one a sequence
+                    places = torch.arange(positions.shape[1], device=positions.device)
+                    shift = shift[torch.bucketize(places, starts[1:].to(places), right=True)].T
             if not isinstance(past, Tensor):
                 _check_table(base, _length(prefix), past + positions.shape[1])
             if self.table is None:

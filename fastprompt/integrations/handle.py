@@ -152,8 +152,9 @@ class Attached:
     def use(self, choice: Any) -> Attached:
         """Chooses the prompt of all samples (a number or a name; None: no prompt), or each sample's own.
 
-        Each sample's own: int64 [B], -1 for none, or a list of numbers and names, None for none. It holds until the next
-        `use`. In `generate`, beams and repeated sequences take their sample's.
+        Each sample's own: int64 [B], -1 for none, or a list of numbers and names, None for none; packed sequences with
+        `cu_seq_lens_q` are a sample each. It holds until the next `use`. In `generate`, beams and repeated sequences take
+        their sample's. A prompt on the input is chosen so where it is the only one; otherwise it goes with any other.
         """
         index = None
         if isinstance(choice, Tensor):
@@ -295,6 +296,8 @@ class Attached:
         if not self._used:
             return None
         batch = next(len(value) for value in kwargs.values() if isinstance(value, Tensor))
+        if kwargs.get("cu_seq_lens_q") is not None:
+            batch = len(kwargs["cu_seq_lens_q"]) - 1
         index = self._index
         if index is not None and len(index) != batch:
             if batch % len(index) or kwargs.get("past_key_values") is None:
