@@ -552,7 +552,11 @@ def test_what_is_refused():
         (llama, fnn.SoftPrompt(P, 16), "prompt 0: expected width=32 for LlamaForCausalLM, got 16"),
         (llama, fnn.PrefixKV(2, 2, P, 8), "prompt 0: expected layers=3 for LlamaForCausalLM, got 2"),
         (llama, fnn.PrefixKV(LAYERS, HEADS, P, 8), "prompt 0: expected kv_heads=2 for LlamaForCausalLM, got 4"),
-        (llama, [soft, deep], "prompt: expected prompts of one kind, got DeepPrompt and SoftPrompt"),
+        (
+            llama,
+            [soft, deep],
+            "prompt: expected prompts of one kind in the model, and one on its input, got DeepPrompt and SoftPrompt",
+        ),
         (llama, deep, "LlamaDecoderLayer: needs more than its input"),
         (vit, double(fnn.DeepPrompt(LAYERS, P, WIDTH, which=[0])), "block 1 has none"),
     ):

@@ -257,6 +257,11 @@ def test_whisper_decoder():
     handle = fastprompt.attach(model, prefix, part="decoder")
     agree(model(sound, use_cache=False, **options).logits, want, handle)
     handle.detach()
+    with by_hand(model, prefix, "decoder.cross"):
+        want = model(sound, use_cache=False, **options).logits
+    handle = fastprompt.attach(model, prefix, part="decoder.cross")
+    agree(model(sound, use_cache=False, **options).logits, want, handle)
+    handle.detach()
 
 
 def test_what_pairs_refuse():

@@ -125,7 +125,7 @@ class _Use:
 
     def release(self) -> None:
         self.wires -= 1
-        if not self.wires:
+        if not self.wires and _used.get(id(self.config)) is self:
             self.config._attn_implementation_internal = self.before
             del _used[id(self.config)]
 
@@ -186,6 +186,7 @@ class Wiring:
         model, base = self.model, self.base
         configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
         held = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+        before = len(self.kept)
         for config in held:
             if config._attn_implementation != NAME:
                 _used[id(config)] = _Use(config, config._attn_implementation)
@@ -206,11 +207,11 @@ class Wiring:
             finally:
                 # Backward runs checkpointed blocks again: they must find the attention that they ran with.
                 if not any(getattr(block, "gradient_checkpointing", False) for block in base.modules()):
-                    self.restore()
+                    self.restore(before)
 
-    def restore(self) -> None:
+    def restore(self, until: int = 0) -> None:
         """The attention that the model had before the first `attention`, unless other wires need this one."""
-        while self.kept:
+        while len(self.kept) > until:
             self.kept.pop().release()
 
     def run(self, source: Callable[[dict[str, Any]], Reading | None]) -> None:

@@ -55,7 +55,8 @@ def attach(
             linear in the logits is folded into it, and a verbalizer stands in its place, at every position.
         use: the prompt in use at first, see `Attached.use`.
         part: name of the part of the model to attach to ("vision_model" of a CLIP). A model with an encoder and a decoder
-            takes prompts at "encoder", "decoder" and, for its cross attention, "decoder.cross" (`PrefixKV`): one handle each.
+            takes prompts at "encoder", "decoder" and, for its cross attention, "decoder.cross" (`PrefixKV`): one handle each
+            (the first to freeze the model is the one whose `detach` thaws it).
             Under T5's bias by distance a decoder's prefix is what stands before the first token, as in a plain cache;
             in the encoder, and in cross attention, the prefix's columns have no bias.
         blocks: name of the list of blocks, for a model that is not of transformers and has several of that length.
@@ -78,6 +79,7 @@ class Attached:
     Attributes:
         model: the model.
         prompts: the prompts by name; "0", "1", ... in the order of a list.
+        outputs: what reads the model's logits.
     """
 
     def __init__(
