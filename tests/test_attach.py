@@ -562,7 +562,7 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             fastprompt.attach(wrong, prompt)
-    with pytest.raises(TypeError, match="prompt: expected PrefixKV, DeepPrompt or SoftPrompt, got LabelMap"):
+    with pytest.raises(TypeError, match="or a prompt on the input such as PaddedPrompt, got LabelMap"):
         fastprompt.attach(llama, fnn.LabelMap(10, 2))
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
         fastprompt.attach("llama", soft)
