@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastprompt import checkpoint
 from fastprompt import nn as modules
 from fastprompt.checkpoint import CheckpointError
+from fastprompt.nn._shared import Folded, folded
 from fastprompt.taxonomy import Alignment, Place
 
 
@@ -56,7 +57,7 @@ class Reprogrammed(nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(part).__name__}")
         self.model = model.requires_grad_(False).eval()
         self.inputs, self.outputs, self.head = inputs, outputs, head
-        self._folded: tuple[list[Any], list[Tensor], tuple[Tensor, Tensor | None]] | None = None
+        self._folded: Folded | None = None
         self._head_is_last = False  # not seen yet
         if head is not None and type(layer := dict(model.named_modules()).get(head)) is not nn.Linear:
             raise ValueError(f"head: expected the name of an nn.Linear in the model, got {head!r}, {type(layer).__name__}")
@@ -135,17 +136,9 @@ class Reprogrammed(nn.Module):
         self._head_is_last = True
         return given[0][0]
 
-    @torch.inference_mode(False)  # what is kept must serve training too
-    @torch.no_grad()
     def _folded_head(self, layer: Any) -> tuple[Tensor, Tensor | None]:
-        """f's head with the map inside; made again when something that it is made of has changed or moved."""
-        outputs: Any = self.outputs
-        made_of = [t for t in (layer.weight, layer.bias, *outputs.buffers()) if t is not None]
-        known = not any(t.is_inference() for t in made_of)  # those do not tell when they change
-        stamps = [(t.data_ptr(), t.dtype, t.device, t._version if known else 0) for t in made_of]
-        if self._folded is None or not known or self._folded[0] != stamps:
-            # An alias of each is kept, so that its address cannot be another tensor's by now.
-            self._folded = (stamps, [t.detach() for t in made_of], outputs.fold(layer.weight, layer.bias))
+        """f's head with the map inside."""
+        self._folded = folded(self.outputs, layer, self._folded)
         return self._folded[2]
 
     def __getstate__(self) -> dict[str, Any]:

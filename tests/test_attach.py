@@ -235,6 +235,24 @@ def test_the_text_side_of_clip():
     handle.detach()
 
 
+def test_both_towers_of_clip_at_once():
+    text = {**SIZES, "eos_token_id": 2}
+    vision = OTHERS["CLIPVisionModel"]
+    model = frozen(lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)))
+    before, bare = traces(model), model(words(), images()).logits_per_image
+    soft, deep = double(fnn.SoftPrompt(P, WIDTH)), double(fnn.DeepPrompt(LAYERS, P, WIDTH))
+    with pytest.raises(Inexact, match="stacks of"):
+        fastprompt.attach(model, soft)
+    handles = [fastprompt.attach(model, soft, part="text_model"), fastprompt.attach(model, deep, part="vision_model")]
+    assert (model(words(), images()).logits_per_image - bare).abs().max() > 1e-3
+    want = [model.text_model(words()).last_hidden_state, model.vision_model(images()).last_hidden_state]
+    handles[0].detach()
+    assert torch.equal(model.vision_model(images()).last_hidden_state, want[1])
+    handles[1].detach()
+    assert torch.equal(model(words(), images()).logits_per_image, bare)
+    assert traces(model) == before
+
+
 def test_packed_sequences_each_see_the_prompt():
     model, prompt = model_of("LlamaForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
     ids, places = words()[:1], torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
@@ -242,8 +260,22 @@ def test_packed_sequences_each_see_the_prompt():
     handle = fastprompt.attach(model, prompt)
     agree(model(ids, position_ids=places, use_cache=False).logits, want, handle)
     handle.detach()
+    starts = torch.tensor([0, 3, T], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 4, "max_length_k": 4, "use_cache": False}
+    handle = fastprompt.attach(model, [prompt, double(fnn.SoftPrompt(2, WIDTH))])
+    agree(model(ids, position_ids=places, **packed).logits, want, prompt)
+    with pytest.raises(ValueError, match="position_ids: expected each sequence's own positions, beside cu_seq_lens_q, got None"):
+        model(ids, **packed)
+    handle.use([1, 0])
+    mixed = model(ids, position_ids=places, **packed).logits
+    handle.use(1)
+    torch.testing.assert_close(model(ids[:, :3]).logits, mixed[:, :3], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mixed[:, 3:], want[:, 3:], rtol=1e-9, atol=1e-9)
+    handle.detach()
     model, prompt = model_of("MistralForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
     handle = fastprompt.attach(model, prompt)
+    with pytest.raises(Inexact, match="no packed sequences where attention has a window or a bias"):
+        model(ids, position_ids=torch.arange(T)[None], **packed)
     with pytest.raises(Inexact, match="no packed sequences where attention has a window"):
         model(ids, position_ids=places, use_cache=False)
     handle.detach()
@@ -411,6 +443,50 @@ def test_ddp(tmp_path):
     handle.detach()
 
 
+# ---- Several devices ----
+
+
+@pytest.mark.parametrize("kind", ["soft", "prefix", "mixed"])
+def test_a_model_that_accelerate_dispatches(kind):
+    """Its hooks take the arguments of every block apart and move them; weights come from elsewhere, call by call."""
+    accelerate = pytest.importorskip("accelerate", reason="needs peft")
+    model = copy.deepcopy(model_of("LlamaForCausalLM"))
+    prompts = prefix_of(model) if kind == "prefix" else double(fnn.SoftPrompt(P, WIDTH))
+    prompts = [prompts, double(fnn.SoftPrompt(2, WIDTH))] if kind == "mixed" else prompts
+    choice = [1, None, 0] if kind == "mixed" else 0
+    handle = fastprompt.attach(model, prompts, use=choice)
+    want = model(words()).logits
+    handle.detach()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), state_dict=model.state_dict())
+    assert next(model.parameters()).is_meta
+    handle = fastprompt.attach(model, prompts, use=choice)
+    agree(model(words(), use_cache=False).logits, want, handle)
+    handle.detach()
+
+
+def test_keys_and_values_go_to_each_block_s_device(monkeypatch):
+    """Where things lie, and no more: two of three blocks are on "meta", which has no values, and attention is a stand-in."""
+    model, seen = copy.deepcopy(model_of("LlamaForCausalLM")), []
+
+    def moved(_, args, kwargs):
+        kwargs = {k: tuple(t.to("meta") for t in v) if k == "position_embeddings" else v for k, v in kwargs.items()}
+        return [each.to("meta") for each in args], kwargs
+
+    def attention(q, k, v, prefix_k=None, prefix_v=None, prefix_index=None, prefix_lengths=None, **_):
+        if prefix_k is not None:
+            seen.append([t.device.type for t in (q, k, prefix_k, prefix_v, prefix_index, prefix_lengths)])
+        return torch.empty_like(q)
+
+    for part in (*model.model.layers[1:], model.model.norm, model.lm_head):
+        part.to("meta").register_forward_pre_hook(moved, with_kwargs=True)
+    monkeypatch.setattr(fastprompt.functional, "prefix_attention", attention)
+    for prompts in ([prefix_of(model), prefix_of(model, length=2)], [double(fnn.SoftPrompt(n, WIDTH)) for n in (P, 2)]):
+        handle = fastprompt.attach(model, prompts, use=[1, 0, 1])
+        assert model(words(), use_cache=False).logits.shape == (B, T, VOCABULARY)
+        assert seen[-LAYERS:] == [["cpu"] * 6, ["meta"] * 6, ["meta"] * 6]
+        handle.detach()
+
+
 # ---- The handle ----
 
 
@@ -472,17 +548,21 @@ def test_what_is_refused():
     llama, vit = model_of("LlamaForCausalLM"), model_of("ViTModel")
     before = traces(llama)
     for wrong, prompt, message in (
-        (model_of("T5Model"), soft, "T5Model: cross attention"),
+        (model_of("T5Model"), soft, "T5Model: an encoder and a decoder"),
         (llama, fnn.SoftPrompt(P, 16), "prompt 0: expected width=32 for LlamaForCausalLM, got 16"),
         (llama, fnn.PrefixKV(2, 2, P, 8), "prompt 0: expected layers=3 for LlamaForCausalLM, got 2"),
         (llama, fnn.PrefixKV(LAYERS, HEADS, P, 8), "prompt 0: expected kv_heads=2 for LlamaForCausalLM, got 4"),
-        (llama, [soft, deep], "prompt: expected prompts of one kind, got DeepPrompt and SoftPrompt"),
+        (
+            llama,
+            [soft, deep],
+            "prompt: expected prompts of one kind in the model, and one on its input, got DeepPrompt and SoftPrompt",
+        ),
         (llama, deep, "LlamaDecoderLayer: needs more than its input"),
         (vit, double(fnn.DeepPrompt(LAYERS, P, WIDTH, which=[0])), "block 1 has none"),
     ):
         with pytest.raises(ValueError, match=message):
             fastprompt.attach(wrong, prompt)
-    with pytest.raises(TypeError, match="prompt: expected PrefixKV, DeepPrompt or SoftPrompt, got LabelMap"):
+    with pytest.raises(TypeError, match="or a prompt on the input such as PaddedPrompt, got LabelMap"):
         fastprompt.attach(llama, fnn.LabelMap(10, 2))
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
         fastprompt.attach("llama", soft)

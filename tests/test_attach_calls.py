@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fastprompt
 from fastprompt import nn as fnn
 from fastprompt.hoist import Inexact
+from tests.test_readme import BLOCKS, small
 
 B, T, P, WIDTH, HEADS, LAYERS = 3, 6, 5, 32, 4, 3
 
@@ -215,6 +216,46 @@ def test_the_vision_transformers_of_libraries(name):
     assert torch.equal(run(images()), bare)
     assert traces(model) == before
     assert (bare - want).abs().max() > 1e-3
+
+
+RESNETS = {
+    "timm": lambda: Library.load()[0].models.resnet.ResNet(
+        Library.load()[0].models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=9
+    ),
+    "torchvision": lambda: Library.load()[1].models.resnet18(num_classes=9),
+}
+
+
+@pytest.mark.parametrize("head", ["fc", None])
+@pytest.mark.parametrize("name", RESNETS)
+def test_the_resnets_of_libraries(name, head):
+    """A prompt on the input and a label map; images as bytes too."""
+    torch.manual_seed(0)
+    model, prompt = RESNETS[name]().double().eval(), fnn.PaddedPrompt(32, 16, mean=0.4, std=0.3, init="normal").double()
+    labels, shots = fnn.LabelMap(9, 4), torch.rand(B, 3, 16, 16, dtype=torch.float64)
+    before, bare = traces(model), model(prompt(shots))
+    handle = fastprompt.attach(model, prompt, outputs=labels, head=head)
+    agree(model(shots), labels(bare), handle)
+    handle.detach()
+    assert traces(model) == before
+    assert torch.equal(model(prompt(shots)), bare)
+    handle, shots = fastprompt.attach(model.float(), prompt.float()), (shots * 255).to(torch.uint8)
+    got = model(shots)
+    handle.detach()
+    assert torch.equal(got, model(prompt(shots)))
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_the_readme_s_example_on_the_libraries_it_names(name):
+    block = next(small(block) for page, block in BLOCKS if page == "README.md" and "(vit, " in block)
+    timm, torchvision, *_ = Library.load()
+    if name == "timm":
+        made = timm.models.vision_transformer.VisionTransformer(embed_dim=32, depth=2, num_heads=2)
+    else:
+        made = torchvision.models.VisionTransformer(224, 16, 2, 2, 32, 32)
+    names = {"fastprompt": fastprompt, "vit": made, "images": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["out"].shape == (2, 10)
 
 
 def test_timm_without_its_fused_attention():

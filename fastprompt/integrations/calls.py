@@ -31,7 +31,7 @@ class Calls:
     """
 
     def __init__(self, model: nn.Module, blocks: str | None, layers: int) -> None:
-        self.model = self.base = model
+        self.model = self.key = model
         self.name, self.blocks = _stack(model, blocks, layers)
         self.given: Sequence[Any] | None = None
         self.batch_first = True

@@ -19,14 +19,18 @@ from torch import Tensor, nn
 from fastprompt.functional.checks import bad, check_labels, check_range
 from fastprompt.hoist import Inexact, KeyValue, Reading, Tokens, Wiring
 from fastprompt.integrations.calls import Calls
+from fastprompt.integrations.ends import Ends
 from fastprompt.nn import DeepPrompt, PrefixKV, SoftPrompt
+from fastprompt.taxonomy import Location, Place
 
+_INNER = (PrefixKV, DeepPrompt, SoftPrompt)
 _attached: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
 
 
 def attach(
-    model: nn.Module, prompt: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module], *, use: Any = 0,
-    part: str | None = None, blocks: str | None = None, fallback: str | None = None, freeze: bool = True,
+    model: nn.Module, prompt: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module] = (), *,
+    outputs: nn.Module | None = None, head: str | None = None, use: Any = 0, part: str | None = None,
+    blocks: str | None = None, fallback: str | None = None, freeze: bool = True,
 ) -> Attached:  # fmt: skip
     """Puts prompts into a model: from now on `model(...)` and `model.generate(...)` run with one of them.
 
@@ -43,9 +47,18 @@ def attach(
         model: frozen here, in eval mode, until `detach`. For gradient checkpointing call `model.train()` afterwards; dropout
             that is active then is refused.
         prompt: `PrefixKV` (prefix tuning, arXiv 2101.00190), `DeepPrompt` (VPT-deep, arXiv 2203.12119) or `SoftPrompt` (prompt
-            tuning, arXiv 2104.08691); or several of one kind, in a list or by name. Prompts are numbered through.
+            tuning, arXiv 2104.08691); or several of one kind, in a list or by name. Prompts are numbered through. Besides, or
+            alone, one prompt on the input, such as `PaddedPrompt`: what the model's first argument goes through.
+        outputs: what reads the model's logits, such as `LabelMap`; the model then returns its scores, as a tensor or as
+            `.logits`. A verbalizer reads hidden states, so it needs `head`.
+        head: the name of the model's last layer, an nn.Linear whose output the model returns ("fc", "lm_head"): a map that is
+            linear in the logits is folded into it, and a verbalizer stands in its place, at every position.
         use: the prompt in use at first, see `Attached.use`.
-        part: name of the part of the model to attach to ("vision_model" of a CLIP).
+        part: name of the part of the model to attach to ("vision_model" of a CLIP). A model with an encoder and a decoder
+            takes prompts at "encoder", "decoder" and, for its cross attention, "decoder.cross" (`PrefixKV`): one handle each
+            (the first to freeze the model is the one whose `detach` thaws it).
+            Under T5's bias by distance a decoder's prefix is what stands before the first token, as in a plain cache;
+            in the encoder, and in cross attention, the prefix's columns have no bias.
         blocks: name of the list of blocks, for a model that is not of transformers and has several of that length.
         fallback: "tokens": where keys and values made once are not exact (a soft prompt in an encoder, deep prompts in the
             first blocks only), tokens in every sample of a model of transformers.
@@ -55,7 +68,9 @@ def attach(
         Inexact (a ValueError): what cannot be done exactly, and why.
         ValueError, TypeError: a prompt that does not fit, a model that has one already.
     """
-    return Attached(model, prompt, use=use, part=part, blocks=blocks, fallback=fallback, freeze=freeze)
+    return Attached(
+        model, prompt, outputs=outputs, head=head, use=use, part=part, blocks=blocks, fallback=fallback, freeze=freeze
+    )
 
 
 class Attached:
@@ -64,29 +79,50 @@ class Attached:
     Attributes:
         model: the model.
         prompts: the prompts by name; "0", "1", ... in the order of a list.
+        outputs: what reads the model's logits.
     """
 
     def __init__(
-        self, model: nn.Module, prompt: Any, *, use: Any, part: str | None, blocks: str | None, fallback: str | None,
-        freeze: bool,
+        self, model: nn.Module, prompt: Any, *, outputs: nn.Module | None, head: str | None, use: Any, part: str | None,
+        blocks: str | None, fallback: str | None, freeze: bool,
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if fallback not in (None, "tokens"):
             raise bad("fallback", 'None or "tokens"', repr(fallback))
         self.model, self.prompts, self.fallback, self.reason = model, _by_name(prompt), fallback, ""
-        target = model if part is None else model.get_submodule(part)
-        self._path = _path(target, blocks, next(iter(self.prompts.values())))
-        if self._path.base in _attached:
-            other = "one with " + ", ".join(type(each).__name__ for each in _attached[self._path.base].prompts.values())
-            raise bad("model", "one without a prompt; call detach() on its handle first, or attach a list of prompts", other)
+        inner = {name: each for name, each in self.prompts.items() if isinstance(each, _INNER)}
+        inputs = [each for each in self.prompts.values() if not isinstance(each, _INNER)]
+        if not inner and not inputs and outputs is None:
+            raise bad("prompt, outputs", "at least one of them", "neither")
+        self.outputs = outputs
+        self._ends: Ends | None = None
+        self._path: Any = None  # Wiring or Calls
+        keys: list[nn.Module] = []
+        if inner:
+            self._path = _path(model, part, blocks, next(iter(inner.values())))
+            keys.append(self._path.key)
+        if inputs or outputs is not None:
+            target = model if part is None else _part(model, part)
+            self._ends = Ends(target, inputs[0] if inputs else None, outputs, head)
+            keys.append(target)
+        elif head is not None:
+            raise bad("head", "None without outputs", repr(head))
+        for key in keys:
+            if key in _attached:
+                other = "one with " + ", ".join(_attached[key]._kinds())
+                raise bad("model", "one without a prompt; call detach() on its handle first, or attach a list of prompts", other)
+        self._keys = keys
         self._rows: list[tuple[Any, int]] = []
-        for name, each in self.prompts.items():
+        for name, each in inner.items():
             _check_fit(name, each, self._path)
+        for each in inner.values() if inner else inputs:
             self._rows += [(each, row) for row in range(_count(each))]
+        if inner and inputs and _count(inputs[0]) > 1:
+            raise bad("prompt", "one prompt on the input besides those in the model", f"{_count(inputs[0])}")
         self._begun: WeakKeyDictionary[Any, tuple[Any, Reading | None]] = WeakKeyDictionary()
         self._hooks = ExitStack()
-        self.use(use)
+        self.use(use if self._rows else None)
         own = {id(parameter) for parameter in self.parameters()}
         self._modes = [(module, module.training) for module in model.modules()] if freeze else []
         self._trained = [p for p in model.parameters() if freeze and p.requires_grad and id(p) not in own]
@@ -95,21 +131,32 @@ class Attached:
                 model.eval()
             for parameter in self._trained:
                 parameter.requires_grad_(False)
-            self._hooks.enter_context(self._path.reading(self._read))
+            self._wire()
             with torch.no_grad():
                 self._try()
         except BaseException:
             self.detach()
             raise
-        _attached[self._path.base] = self
+        _attached.update(dict.fromkeys(self._keys, self))
+
+    def _wire(self) -> None:
+        if self._path is not None:
+            self._hooks.enter_context(self._path.reading(self._read))
+        if self._ends is not None:
+            self._hooks.enter_context(self._ends.reading(self._chosen))
+
+    def _kinds(self) -> list[str]:
+        parts = [*self.prompts.values(), *([] if self.outputs is None else [self.outputs])]
+        return [type(each).__name__ for each in parts]
 
     # ---- What users call ----
 
     def use(self, choice: Any) -> Attached:
         """Chooses the prompt of all samples (a number or a name; None: no prompt), or each sample's own.
 
-        Each sample's own: int64 [B], -1 for none, or a list of numbers and names, None for none. It holds until the next
-        `use`. In `generate`, beams and repeated sequences take their sample's.
+        Each sample's own: int64 [B], -1 for none, or a list of numbers and names, None for none; packed sequences with
+        `cu_seq_lens_q` are a sample each. It holds until the next `use`. In `generate`, beams and repeated sequences take
+        their sample's. A prompt on the input is chosen so where it is the only one; otherwise it goes with any other.
         """
         index = None
         if isinstance(choice, Tensor):
@@ -125,9 +172,11 @@ class Attached:
             used = [] if choice is None else [self._number(choice)]
         self._used: list[int] = used
         self._choice = object()
-        device = next(self.model.parameters()).device
+        if self._path is None and index is not None and len(index) and not bool((index >= 0).all()):
+            raise bad("use", "a prompt on the input for each sample", "None for some")
+        device = next(self.parameters()).device if used else None
         self._index = None if index is None or not used else index.to(device)
-        lengths = [self._rows[row][0].length for row in used]
+        lengths = [self._rows[row][0].length for row in used if self._path is not None]
         self._lengths = torch.tensor(lengths, device=device) if len(set(lengths)) > 1 else None
         return self
 
@@ -135,6 +184,8 @@ class Attached:
         if isinstance(choice, str):
             if choice not in self.prompts:
                 raise bad("use", "one of " + ", ".join(self.prompts), repr(choice))
+            if not any(module is self.prompts[choice] for module, _ in self._rows):
+                raise bad("use", "a prompt in the model, with which the one on the input goes", repr(choice))
             rows = [number for number, (module, _) in enumerate(self._rows) if module is self.prompts[choice]]
             if len(rows) > 1:
                 raise bad("use", f"a number from {rows[0]} to {rows[-1]}, because {choice} has several prompts", repr(choice))
@@ -152,13 +203,23 @@ class Attached:
         try:
             yield self.model
         finally:
-            self._hooks.enter_context(self._path.reading(self._read))
+            self._wire()
+
+    def source_logits(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model with its prompt returns where `outputs` does not map it: for counting, as `LabelMap.count` does."""
+        if self._ends is None:
+            return self.model(*args, **kwargs)
+        with self._ends.unmapped():
+            return self.model(*args, **kwargs)
 
     def detach(self) -> nn.Module:
         """The very same model again: hooks, configuration, gradients and mode are those before `attach`."""
         self._hooks.close()
-        self._path.restore()
-        _attached.pop(self._path.base, None)
+        if self._path is not None:
+            self._path.restore()
+        for key in self._keys:
+            if _attached.get(key) is self:
+                del _attached[key]
         for module, mode in self._modes:
             module.training = mode
         for parameter in self._trained:
@@ -168,32 +229,55 @@ class Attached:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer should get."""
-        return iter([parameter for module in self.prompts.values() for parameter in module.parameters()])
+        parts = [*self.prompts.values(), *([] if self.outputs is None else [self.outputs])]
+        return iter([parameter for module in parts for parameter in module.parameters()])
 
     def __repr__(self) -> str:
-        blocks = self._path.blocks
-        kind = "PrefixKV" if isinstance(self._rows[0][0], PrefixKV) else type(self._rows[0][0]).__name__
-        lines = [f"{type(self.model).__name__} with {', '.join(f'{name}: {each!r}' for name, each in self.prompts.items())}"]
-        lines.append(f"layers: {len(blocks)} {type(blocks[0]).__name__}")
-        if isinstance(self._path, Wiring):
+        held = [f"{name}: {type(each).__name__}({each.extra_repr()})" for name, each in self.prompts.items()]
+        lines = [f"{type(self.model).__name__} with {', '.join(held) or self._kinds()[0]}"]
+        lines += [] if self._ends is None else self._ends.lines()
+        lines += [] if self._path is None else self._path_lines(self._path)
+        used = ", ".join(map(str, self._used)) or "nothing"
+        lines.append(f"in use: {used}{'' if self._index is None else ', each sample its own'}")
+        return "\n  ".join(lines)
+
+    def _path_lines(self, path: Wiring | Calls) -> list[str]:
+        blocks, prompt = path.blocks, self._rows[0][0]
+        cross = ", cross attention" if getattr(path, "to_cross", False) else ""
+        lines = [f"layers: {len(blocks)} {type(blocks[0]).__name__}{cross}"]
+        if isinstance(path, Wiring):
             lines.append("path: the attention and mask interfaces of transformers, fastprompt.functional.prefix_attention")
         else:
-            lines.append(f"path: calls of PyTorch's attention in {self._path.name}, fastprompt.functional.prefix_attention")
-        if kind == "PrefixKV":
+            lines.append(f"path: calls of PyTorch's attention in {path.name}, fastprompt.functional.prefix_attention")
+        if isinstance(prompt, PrefixKV):
             lines.append("hoisted: nothing to hoist, keys and values are trained themselves")
         elif self.reason:
             lines.append(f"hoisted: nothing, tokens are in every sample, because {self.reason}")
         else:
             lines.append("hoisted: the prompt's keys and values, made once a call for the batch")
-        windows = getattr(self._path, "windows", None) or []
+        if getattr(path, "biased", False):
+            lines.append("not fused: scores have a bias by distance, so the prompt is copied in front of each sample's keys")
+        windows = getattr(path, "windows", None) or []
         far = [place for place, window in enumerate(windows) if window]
         if far:
             lines.append(f"not fused: layers {far} see {windows[far[0]]} tokens back; behind that, a prompt is copied and masked")
-        used = ", ".join(map(str, self._used)) or "nothing"
-        lines.append(f"in use: {used}{'' if self._index is None else ', each sample its own'}")
-        return "\n  ".join(lines)
+        return lines
 
     # ---- What the wires call ----
+
+    def _chosen(self, batch: int) -> tuple[bool, Tensor | None]:
+        """Whether a prompt on the input is in use, and each sample's where it has several."""
+        if not self._used:
+            return False, None
+        module = self._rows[0][0]
+        if isinstance(module, _INNER) or _count(module) == 1:
+            return True, None
+        rows = torch.tensor([self._rows[row][1] for row in self._used], device=next(module.parameters()).device)
+        if self._index is None:
+            return True, rows.expand(batch)
+        if len(self._index) != batch:
+            raise bad("use", f"one prompt for each of the {batch} samples", len(self._index))
+        return True, rows[self._index]
 
     def _read(self, kwargs: dict[str, Any]) -> Reading | None:
         """What a call reads. A cache goes on with the prompt that it was begun with."""
@@ -214,6 +298,8 @@ class Attached:
         if not self._used:
             return None
         batch = next(len(value) for value in kwargs.values() if isinstance(value, Tensor))
+        if kwargs.get("cu_seq_lens_q") is not None:
+            batch = len(kwargs["cu_seq_lens_q"]) - 1
         index = self._index
         if index is not None and len(index) != batch:
             if batch % len(index) or kwargs.get("past_key_values") is None:
@@ -247,6 +333,8 @@ class Attached:
 
     def _try(self) -> None:
         """One run of each prompt, so that what is not exact is refused now."""
+        if self._path is None:
+            return
         before = self._used, self._index, self._lengths, self._choice
         try:
             for number in range(len(self._rows)):
@@ -262,25 +350,45 @@ def _by_name(prompt: Any) -> dict[str, Any]:
     else:
         prompts = {str(place): each for place, each in enumerate(prompt if isinstance(prompt, (list, tuple)) else [prompt])}
     kinds = {type(each).__name__ for each in prompts.values()}
-    if not prompts or not all(isinstance(each, (PrefixKV, DeepPrompt, SoftPrompt)) for each in prompts.values()):
-        raise TypeError(f"prompt: expected PrefixKV, DeepPrompt or SoftPrompt, got {', '.join(sorted(kinds)) or 'nothing'}")
-    if len(kinds) > 1:
-        raise bad("prompt", "prompts of one kind", " and ".join(sorted(kinds)))
+    inputs = [each for each in prompts.values() if _on_input(each)]
+    if not all(isinstance(each, _INNER) or _on_input(each) for each in prompts.values()):
+        wanted = "PrefixKV, DeepPrompt, SoftPrompt, or a prompt on the input such as PaddedPrompt"
+        raise TypeError(f"prompt: expected {wanted}, got {', '.join(sorted(kinds))}")
+    if len(kinds) - len(inputs[:1]) > 1 or len(inputs) > 1:
+        raise bad("prompt", "prompts of one kind in the model, and one on its input", " and ".join(sorted(kinds)))
     return prompts
 
 
-def _path(model: nn.Module, blocks: str | None, prompt: Any) -> Wiring | Calls:
+def _on_input(prompt: Any) -> bool:
+    place = getattr(prompt, "taxonomy", None)
+    return isinstance(place, Place) and place.location is Location.RAW
+
+
+def _path(model: nn.Module, part: str | None, blocks: str | None, prompt: Any) -> Wiring | Calls:
     try:
         from transformers import PreTrainedModel
     except ImportError:
         PreTrainedModel = ()  # type: ignore[assignment, misc]
-    if isinstance(model, PreTrainedModel):
+    cross = part is not None and part.endswith(".cross")
+    target = model if part is None else _part(model, part.removesuffix(".cross"))
+    if cross and not (isinstance(target, PreTrainedModel) and isinstance(prompt, PrefixKV)):
+        raise bad("part", "a decoder of transformers for .cross, and PrefixKV", f"{part!r} and {type(prompt).__name__}")
+    if isinstance(target, PreTrainedModel):
         if blocks is not None:
             raise bad("blocks", "None for a model of transformers, whose blocks are known", repr(blocks))
-        return Wiring(model)
+        return Wiring(target, cross)
     if isinstance(prompt, SoftPrompt):
-        raise Inexact(f"{type(model).__name__}: not a model of transformers, whose embeddings a soft prompt could join")
-    return Calls(model, blocks, prompt.layers)
+        raise Inexact(f"{type(target).__name__}: not a model of transformers, whose embeddings a soft prompt could join")
+    return Calls(target, blocks, prompt.layers)
+
+
+def _part(model: Any, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)  # type: ignore[no-any-return]
+    except AttributeError as missing:
+        if name in ("encoder", "decoder") and hasattr(model, f"get_{name}"):
+            return getattr(model, f"get_{name}")()  # type: ignore[no-any-return]
+        raise bad("part", f"the name of a part of {type(model).__name__}", repr(name)) from missing
 
 
 def _check_fit(name: str, prompt: Any, path: Wiring | Calls) -> None:
@@ -298,7 +406,7 @@ def _check_fit(name: str, prompt: Any, path: Wiring | Calls) -> None:
 
 
 def _count(prompt: Any) -> int:
-    return 1 if isinstance(prompt, DeepPrompt) else prompt.prompts
+    return getattr(prompt, "prompts", 1)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

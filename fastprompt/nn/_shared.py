@@ -103,3 +103,19 @@ def from_words(vocabulary: Tensor, length: int, ids: Sequence[int] | Tensor | No
         rows = check_vocabulary(vocabulary, ids)
         rows = rows.repeat(-(-length // len(rows)))[:length]
     return vocabulary.detach()[rows.to(vocabulary.device)]
+
+
+Folded = tuple[list[Any], list[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@torch.inference_mode(False)  # what is kept must serve training too
+@torch.no_grad()
+def folded(outputs: Any, layer: Any, kept: Folded | None) -> Folded:
+    """A head with a map inside (last of the three); made again when something that it is made of has changed or moved."""
+    made_of = [t for t in (layer.weight, layer.bias, *outputs.buffers()) if t is not None]
+    known = not any(t.is_inference() for t in made_of)  # those do not tell when they change
+    stamps = [(t.data_ptr(), t.dtype, t.device, t._version if known else 0) for t in made_of]
+    if kept is None or not known or kept[0] != stamps:
+        # An alias of each is kept, so that its address cannot be another tensor's by now.
+        kept = stamps, [t.detach() for t in made_of], outputs.fold(layer.weight, layer.bias)
+    return kept
