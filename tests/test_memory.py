@@ -424,12 +424,12 @@ def audit() -> None:
         cells = torch.empty(batch, 1, canvas[0], canvas[1] // 8 or 1, device=meta)
         for step in (s, resized):
             source = x if step is s else small
-            g = ops._forward_triton(source, prompt, None, None, None, norm, step)
+            g = ops._forward_triton(source, prompt, None, None, None, None, norm, step)
             kept = source if clamp == "exact" else None
-            ops._prompt_gradient_triton(g, kept, prompt, None, None, norm, step)
+            ops._prompt_gradient_triton(g, kept, prompt, None, None, None, norm, step)
             ops._image_gradient_triton(g, kept, prompt, None, None, None, norm, source.shape[2:], torch.float32, step)
             if share == "batch" and canvas[1] % cells.shape[3] == 0:
-                ops._cells_gradient_triton(g, kept, prompt, None, cells, norm, step)
+                ops._cells_gradient_triton(g, kept, prompt, None, cells, None, norm, step)
     for name, grid in grids:
         assert len(grid) == 1, (name, grid)
         assert 1 <= grid[0] <= 2**31 - 1, (name, grid)
