@@ -182,6 +182,9 @@ def touch_everything(edge: str) -> None:
             run(case, tensors(case, torch.device("cpu")), "triton")
             if case.x == U8 and case.clamp == "none":
                 run(replace(case, x=F32), tensors(replace(case, x=F32), torch.device("cpu")), "triton")
+    rows = torch.tensor([2, 0, 2])  # of a set
+    for case in (cases[2], replace(cases[3], x=U8), cases[12]):
+        run(case, tensors(case, torch.device("cpu")), "triton", rows=rows, wanted="prompt cells")
     pointers = kernel_pointers(forward, backward)
     assert {name for name, _ in pointers} == KERNELS, sorted(pointers)
     assert pointers <= seen, sorted(pointers - seen)
@@ -297,6 +300,12 @@ def reach(job: str) -> None:
         got = run(case, held | {"x": held_far}, "triton", g) if "image" in job else run(case, held, "triton", held_far)
         for name in want:
             check_bits(got[name], want[name], name)
+        if job == "image samples":
+            rows = torch.tensor([1, 1])
+            got = run(case, held | {"x": held_far}, "triton", g, rows=rows, wanted="prompt")
+            want = run(case, held | {"x": near[rows]}, "triton", g, wanted="prompt")
+            for name in want:
+                check_bits(got[name], want[name], name)
     print("same bits")
 
 
