@@ -79,9 +79,10 @@ def _case(
         forms = forms | {"graph": _graphed(ours, (*wrt, *changing)), "compiled": torch.compile(ours)}
     if mode == "forward":
         forms, formula = {n: torch.no_grad()(form) for n, form in forms.items()}, torch.no_grad()(formula)
+    tolerance = max(TOLERANCE[dtype], KINKS if mode == "both" else 0.0)
     return Case(
         family="steps", name=name, shape=shape, mode=mode, dtype=dtype, inputs=inputs, forms=forms, formula=formula, wrt=wrt,
-        bytes=0, tolerance=max(TOLERANCE[dtype], KINKS if mode == "both" else 0), best=("public",), loose={"frozen": math.inf}, items=items, unit=unit,
+        bytes=0, tolerance=tolerance, best=("public",), loose={"frozen": math.inf}, items=items, unit=unit,
     )  # fmt: skip
 
 
