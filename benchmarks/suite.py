@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]  # of the source tree; in a wheel, th
 Inputs = dict[str, Any]
 Form = Callable[[Inputs], Tensor]
 
-FAMILIES = ("perturbation", "embedding", "attention", "mapping", "reprogrammed")
+FAMILIES = ("perturbation", "embedding", "attention", "mapping", "reprogrammed", "steps")
 
 
 class Skip(Exception):
@@ -51,6 +51,7 @@ class Case:
         bytes: that must move: each input read once, each output written once. flops: that must be computed.
         tolerance: largest error, relative to 1 + |truth| (forward) or to the largest |truth| (gradients).
         loose: a wider tolerance for forms that compute something slightly different by design.
+        items: what one call works through, in `unit`s, for a throughput.
     """
 
     family: str
@@ -67,6 +68,8 @@ class Case:
     tolerance: float = 0.0
     best: tuple[str, ...] = ("plain",)
     loose: dict[str, float] = field(default_factory=dict)
+    items: int = 0
+    unit: str = "samples"
 
     @property
     def title(self) -> str:
@@ -250,6 +253,7 @@ def run(
         "floor_s": floor, "sets": count, "cold": set_bytes * count >= timing.COLD_BYTES[device.type],
         "best": [name for name in case.best if name in times], "rows": rows,
     }  # fmt: skip
+    result |= {"items": case.items, "unit": case.unit} if case.items else {}
     if ours in times:
         base = times[ours].median
         result["noise"] = abs(times["A/A"].median / base - 1)
@@ -269,6 +273,9 @@ def text(result: dict[str, Any]) -> str:
         return f"{seconds * 1e6:,.1f}"
 
     head = f"{result['family']}/{result['case']} {result['mode']}  {result['shape']} -> {result['dtype']}"
+    if result.get("items") and "noise" in result:
+        ours = next(iter(result["rows"].values()))
+        head += f"  {result['items'] / ours['median_s']:,.0f} {result['unit']}/s"
     facts = f"floor {us(result['floor_s'])} us ({result['bytes'] / 1e6:,.1f} MB)"
     if "noise" in result:
         facts += f", {result['of_copy_ceiling']:.0%} of the copy ceiling, A/A {result['noise']:.1%}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastprompt import checkpoint
 from fastprompt import nn as modules
 from fastprompt.checkpoint import CheckpointError
+from fastprompt.functional import Rows
 from fastprompt.nn._shared import Folded, folded
 from fastprompt.taxonomy import Alignment, Place
 
@@ -90,11 +91,13 @@ class Reprogrammed(nn.Module):
             place = place | getattr(part, "taxonomy", Place())
         return place if self.outputs is not None else place | Place(alignment=Alignment.IDENTITY)
 
-    def source_logits(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def source_logits(self, x: Tensor | Rows, index: Tensor | None = None) -> Tensor:
         """f(I(x)): [B, S], or [K, B, S] when K prompts are applied to every sample."""
         return self._run(x, index, self.model)
 
-    def _run(self, x: Tensor, index: Tensor | None, model: Callable[[Tensor], Any]) -> Tensor:
+    def _run(self, x: Any, index: Tensor | None, model: Callable[[Tensor], Any]) -> Tensor:
+        if isinstance(x, Rows) and not getattr(self.inputs, "takes_rows", False):
+            x = x.gather()
         if self.inputs is not None:
             x = self.inputs(x) if index is None else self.inputs(x, index)
         lead = x.shape[:-3] if x.dim() == 5 else None
@@ -102,8 +105,8 @@ class Reprogrammed(nn.Module):
         out = getattr(out, "logits", out)
         return out if lead is None else out.unflatten(0, lead)
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """O(f(I(x))); index int64 [B] chooses each sample's prompt where `inputs` has several."""
+    def forward(self, x: Tensor | Rows, index: Tensor | None = None) -> Tensor:
+        """O(f(I(x))), x a batch or `Rows` of a set; index int64 [B] chooses each sample's prompt where `inputs` has several."""
         if self.head is not None and getattr(self.outputs, "foldable", False) and not torch.compiler.is_compiling():
             weight, bias = self._folded_head(self.model.get_submodule(self.head))
             return self._run(x, index, lambda x: nn.functional.linear(self._features(x), weight, bias))

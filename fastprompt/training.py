@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from fastprompt import checkpoint
 from fastprompt.checkpoint import CheckpointError
+from fastprompt.data import DeviceDataset
+from fastprompt.functional.checks import bad
 from fastprompt.nn import Refresh
 from fastprompt.reprogram import Reprogrammed
 
-Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+Data = tuple[Tensor, Tensor] | DeviceDataset | Iterable[tuple[Tensor, Tensor]]
 
 
 def fit(
@@ -32,8 +35,9 @@ def fit(
 
     Args:
         module: moved to its device by the caller; batches are moved to it.
-        train, validation: a pair of tensors (x, y) that stay where they are, or an iterable of such batches (a DataLoader).
-            y int64 [B], from 0 to the number of classes - 1.
+        train, validation: a pair of tensors (x, y) that stay where they are, a `fastprompt.data.DeviceDataset` on the model's
+            device (with its own batch size and order), or an iterable of such batches (a DataLoader). y int64 [B], from 0
+            to the number of classes - 1.
         epochs: in all; with `resume` those already trained count.
         lr: the peak learning rate.
         optimizer: called with (parameters, lr).
@@ -87,6 +91,8 @@ def fit(
     for epoch in range(len(rows), epochs):
         start = time.perf_counter()
         _seed(seed, epoch)
+        if isinstance(train, DeviceDataset):
+            train.set_epoch(epoch)
         if due is not None and (epoch == 0 or (due.every_epochs and epoch % due.every_epochs == 0)):
             match()
         module.train()
@@ -164,6 +170,10 @@ def evaluate(module: Reprogrammed, data: Data, *, batch_size: int = 256, amp: to
         with torch.autocast(device.type, amp, enabled=amp is not None):
             right += (module(x).argmax(-1) == y).sum()
         seen += len(y)
+    if isinstance(data, DeviceDataset) and dist.is_available() and dist.is_initialized():
+        both = torch.stack([right, right.new_tensor(seen)])  # of every rank's share
+        dist.all_reduce(both)
+        right, seen = both[0], int(both[1])
     if not seen:
         raise ValueError("data: expected at least one sample, got none")
     return int(right) / seen
@@ -171,8 +181,14 @@ def evaluate(module: Reprogrammed, data: Data, *, batch_size: int = 256, amp: to
 
 def _batches(
     data: Data, batch_size: int, device: torch.device, module: Reprogrammed, shuffle: torch.Generator | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Any, Tensor]]:
     classes = getattr(module.outputs, "num_classes", None)
+    if isinstance(data, DeviceDataset):
+        if data.images.device != device:
+            raise bad("data", f"a DeviceDataset on {device}, where the model is", f"one on {data.images.device}")
+        _check_labels(data.targets, classes)
+        yield from data.in_order() if shuffle is None else data
+        return
     if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)):
         for x, y in data:  # type: ignore[misc]
             _check_labels(y, classes)

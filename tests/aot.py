@@ -54,7 +54,8 @@ def source(kernel, arguments):
             constants[name] = value
         elif hasattr(value, "data_ptr"):
             signature[name] = POINTERS[str(value.dtype).removeprefix("torch.")]
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

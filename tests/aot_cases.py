@@ -42,20 +42,24 @@ def perturbation() -> None:
         index = torch.zeros(batch, dtype=torch.int64) if s.share == "index" else None
         mask = torch.ones((1, *s.canvas), dtype=torch.bool) if s.share == "index" else None
         _launch(s, x, prompt, mask, None, index)
+        if uint8 and batch > 2 and s in (base, *cases[4:6]):  # the same batch read out of a set
+            _launch(s, x, prompt, mask, None, index, torch.zeros(batch, dtype=torch.int64))
     for planes in (1, 3):
         cells = torch.zeros((256, planes, 28, 28), dtype=torch.bfloat16)
-        _launch(full._replace(squash="none"), torch.zeros(256, 3, 224, 224), torch.zeros(1, 3, 224, 224), None, cells, None)
+        given = torch.zeros(256, 3, 224, 224), torch.zeros(1, 3, 224, 224), None, cells, None
+        _launch(full._replace(squash="none"), *given)
+    _launch(full._replace(squash="none", clamp="exact"), *given, torch.zeros(256, dtype=torch.int64))
 
 
-def _launch(s, x, prompt, mask, cells, index) -> None:
+def _launch(s, x, prompt, mask, cells, index, rows=None) -> None:
     norm = torch.zeros(4, x.shape[1])
-    out = ops._forward_triton(x, prompt, mask, cells, index, norm, s)
-    kept = x if s.clamp == "exact" else None
+    out = ops._forward_triton(x, prompt, mask, cells, index, rows, norm, s)
+    kept = x if s.clamp == "exact" or rows is not None else None
     if cells is None:
-        ops._prompt_gradient_triton(out, kept, prompt, mask, index, norm, s)
+        ops._prompt_gradient_triton(out, kept, prompt, mask, index, rows, norm, s)
     else:
-        ops._cells_gradient_triton(out, kept, prompt, mask, cells, norm, s)
-    if x.is_floating_point():
+        ops._cells_gradient_triton(out, kept, prompt, mask, cells, rows, norm, s)
+    if x.is_floating_point() and rows is None:
         ops._image_gradient_triton(out, kept, prompt, mask, cells, index, norm, x.shape[2:], x.dtype, s)
 
 

@@ -182,6 +182,9 @@ def touch_everything(edge: str) -> None:
             run(case, tensors(case, torch.device("cpu")), "triton")
             if case.x == U8 and case.clamp == "none":
                 run(replace(case, x=F32), tensors(replace(case, x=F32), torch.device("cpu")), "triton")
+    rows = torch.tensor([2, 0, 2])  # of a set
+    for case in (cases[2], replace(cases[3], x=U8), cases[12]):
+        run(case, tensors(case, torch.device("cpu")), "triton", rows=rows, wanted="prompt cells")
     pointers = kernel_pointers(forward, backward)
     assert {name for name, _ in pointers} == KERNELS, sorted(pointers)
     assert pointers <= seen, sorted(pointers - seen)
@@ -297,6 +300,12 @@ def reach(job: str) -> None:
         got = run(case, held | {"x": held_far}, "triton", g) if "image" in job else run(case, held, "triton", held_far)
         for name in want:
             check_bits(got[name], want[name], name)
+        if job == "image samples":
+            rows = torch.tensor([1, 1])
+            got = run(case, held | {"x": held_far}, "triton", g, rows=rows, wanted="prompt")
+            want = run(case, held | {"x": near[rows]}, "triton", g, wanted="prompt")
+            for name in want:
+                check_bits(got[name], want[name], name)
     print("same bits")
 
 
@@ -424,12 +433,12 @@ def audit() -> None:
         cells = torch.empty(batch, 1, canvas[0], canvas[1] // 8 or 1, device=meta)
         for step in (s, resized):
             source = x if step is s else small
-            g = ops._forward_triton(source, prompt, None, None, None, norm, step)
+            g = ops._forward_triton(source, prompt, None, None, None, None, norm, step)
             kept = source if clamp == "exact" else None
-            ops._prompt_gradient_triton(g, kept, prompt, None, None, norm, step)
+            ops._prompt_gradient_triton(g, kept, prompt, None, None, None, norm, step)
             ops._image_gradient_triton(g, kept, prompt, None, None, None, norm, source.shape[2:], torch.float32, step)
             if share == "batch" and canvas[1] % cells.shape[3] == 0:
-                ops._cells_gradient_triton(g, kept, prompt, None, cells, norm, step)
+                ops._cells_gradient_triton(g, kept, prompt, None, cells, None, norm, step)
     for name, grid in grids:
         assert len(grid) == 1, (name, grid)
         assert 1 <= grid[0] <= 2**31 - 1, (name, grid)

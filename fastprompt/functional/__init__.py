@@ -21,13 +21,14 @@ from fastprompt.functional.mapping import (
     segments,
     stack_maps,
 )
-from fastprompt.functional.perturbation import Normalization, normalization, perturb, scale_image
+from fastprompt.functional.perturbation import Normalization, Rows, normalization, perturb, scale_image
 
 __all__ = [
     "COUNT_UNIT",
     "PADDING",
     "LabelColumns",
     "Normalization",
+    "Rows",
     "Segments",
     "bayesian_matrix",
     "count_labels_",

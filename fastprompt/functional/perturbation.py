@@ -25,6 +25,20 @@ class Normalization(NamedTuple):
     clamp: str  # "none" | "exact" | "straight"
 
 
+class Rows(NamedTuple):
+    """A batch that was not made: sample b is images[rows[b]]. The modules of `fastprompt.nn` read it where it lies.
+
+    images [N, ...] uint8 or floating point; rows int64 [B] on the same device.
+    """
+
+    images: Tensor
+    rows: Tensor
+
+    def gather(self) -> Tensor:
+        """The batch [B, ...] itself, for a module that does not know rows."""
+        return self.images[self.rows]
+
+
 def normalization(
     mean: Numbers = 0.0, std: Numbers = 1.0, low: Numbers | None = None, high: Numbers | None = None,
     *, channels: int | None = None, straight_through: bool = False, device: torch.device | str | None = None,
@@ -63,7 +77,7 @@ def perturb(
     canvas: int | Sequence[int] | None = None, resize: int | Sequence[int] | None = None,
     interpolation: str = "bilinear", offset: Sequence[int] | None = None, copies: int = 1, period: int = 0,
     window: Rect | None = None, hole: Rect | str | None = None, mask: Tensor | None = None, cells: Tensor | None = None,
-    share: str | None = None, index: Tensor | None = None,
+    share: str | None = None, index: Tensor | None = None, rows: Tensor | None = None,
     squash: str = "none", mask_first: bool = False, scale: float = 1.0,
     space: str = "pixel", norm: Normalization | None = None,
     dtype: torch.dtype | None = None, memory_format: torch.memory_format | None = None, data_format: str = "NCHW",
@@ -97,6 +111,8 @@ def perturb(
             sample b (the default with `index`). "sample": prompt b. "product": every prompt on every sample.
         index: int64 [B]. On a GPU an index out of range makes its sample NaN and has no gradient (FASTPROMPT_CHECK=1
             raises instead).
+        rows: int64 [B]. x holds all the images of a set, and sample b is x[rows[b]], read where it lies: no batch is put
+            together. Such an x has no gradient. Out of range: as for `index`.
         squash: "none", "sigmoid" or "tanh".
         norm: from `normalization`. Default: none.
         dtype: of the output. Default: autocast's, else that of a float x, else the default dtype.
@@ -122,7 +138,10 @@ def perturb(
         if prompt.dim() != 4:
             raise bad("prompt", "[C, h', w'] or [N, C, h', w']", list(prompt.shape))
     table, clamp = (None, "none") if norm is None else norm
-    same_device(x, prompt=prompt, mask=mask, cells=cells, index=index, norm=table)
+    same_device(x, prompt=prompt, mask=mask, cells=cells, index=index, rows=rows, norm=table)
+    if rows is not None:
+        _check_rows(rows, x)
+    batch = x.shape[0] if rows is None else rows.shape[0]
     if memory_format is None:
         channels_last = x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     else:
@@ -139,17 +158,17 @@ def perturb(
     if table is not None and table.shape[1] != channels:
         table = table.expand(4, channels).contiguous()
     if s.share != "batch" and prompt is not None:
-        _check_owners(s.share, prompt.shape[0], index, x.shape[0])
+        _check_owners(s.share, prompt.shape[0], index, batch)
     if mask is not None:
         mask = _check_mask(mask, s, channels)
     if cells is not None:
-        _check_cells(cells, s, x.shape[0], channels)
+        _check_cells(cells, s, batch, channels)
     if s.impl == "torch":
         table = _identity_table(channels, x) if table is None else table
-        out = reference.perturb(x, prompt, mask, cells, index, table, *s[:-2])
+        out = reference.perturb(x, prompt, mask, cells, index, rows, table, *s[:-2])
         return out.contiguous(memory_format=torch.channels_last) if channels_last and out.dim() == 4 else out
-    given = (x, prompt, mask, cells, index, None if table is None else table.float(), s)
-    trained = any(t is not None and t.requires_grad for t in given[:6]) and torch.is_grad_enabled()
+    given = (x, prompt, mask, cells, index, rows, None if table is None else table.float(), s)
+    trained = any(t is not None and t.requires_grad for t in given[:7]) and torch.is_grad_enabled()
     return ops.Perturb.apply(*given) if trained else ops.forward(*given)
 
 
@@ -254,6 +273,14 @@ def _check_owners(share: str, count: int, index: Tensor | None, batch: int) -> N
         if index.dtype != torch.int64 or index.shape != (batch,):
             raise bad("index", f"int64 [{batch}]", f"{index.dtype} {list(index.shape)}")
         check_range("index", index, count)
+
+
+def _check_rows(rows: Tensor, x: Tensor) -> None:
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise bad("rows", "int64 [B]", f"{rows.dtype} {list(rows.shape)}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise bad("x", "images without a gradient when rows is given", "requires_grad=True")
+    check_range("rows", rows, x.shape[0])
 
 
 def _check_prompt(s: ops.Settings, prompt: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastprompt import functional
 from fastprompt.functional.checks import bad, one_of, pair
-from fastprompt.functional.perturbation import Numbers, placed_at, rectangle
+from fastprompt.functional.perturbation import Numbers, Rows, placed_at, rectangle
 from fastprompt.reference.perturbation import Rect
 from fastprompt.taxonomy import Format, Location, Operator, Place
 
@@ -26,6 +26,11 @@ _MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
 }
+
+
+def _parts(x: Tensor | Rows) -> tuple[Tensor, Tensor | None]:
+    """(images, which of them the samples are, or None for all)."""
+    return (x.images, x.rows) if isinstance(x, Rows) else (x, None)
 
 
 def _plain(value: Any) -> Any:
@@ -59,6 +64,8 @@ class InputPrompt(nn.Module):
     Attributes:
         prompt: Parameter [prompts, C, window height, window width].
     """
+
+    takes_rows = True  # `forward` takes images of a set (`functional.Rows`) as it takes a batch
 
     norm: Tensor
     mask: Tensor | None
@@ -158,8 +165,11 @@ class InputPrompt(nn.Module):
         parts += [f"image={self.image[2]}x{self.image[3]}"] if hasattr(self, "image") else []
         return ", ".join(parts)
 
-    def _perturb(self, x: Tensor, prompt: Tensor | None, **options: Any) -> Tensor:
+    def _perturb(self, x: Tensor | Rows, prompt: Tensor | None, **options: Any) -> Tensor:
         """`functional.perturb` with this module's settings."""
+        if isinstance(x, Rows):
+            options |= {"rows": x.rows}
+            x = x.images
         settings: dict[str, Any] = {
             "canvas": self.canvas, "norm": functional.Normalization(self.norm, self._clamp), "space": self.space,
             "interpolation": self.interpolation, "data_format": self.data_format,
@@ -176,8 +186,8 @@ class InputPrompt(nn.Module):
     def _share(self, index: Tensor | None) -> dict[str, Any]:
         return {"index": index, "share": "index" if index is not None else "product" if self.prompts > 1 else "batch"}
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """images [B, C, h, w] -> model input [B, C, H, W]; index int64 [B] chooses the prompt of each sample."""
+    def forward(self, x: Tensor | Rows, index: Tensor | None = None) -> Tensor:
+        """images [B, C, h, w], or `Rows` of a set -> model input [B, C, H, W]; index int64 [B] chooses each sample's prompt."""
         return self._perturb(x, self.prompt, resize=self.image[2:], offset=self.image[:2], **self._share(index))
 
 
@@ -224,10 +234,13 @@ class PaddedPrompt(InputPrompt):
         apart = self.trainable_scale and not (self.mask_first and self.squash == "sigmoid")
         return replace(place, operator=Operator.CONCATENATIVE) if apart else place
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Rows, index: Tensor | None = None) -> Tensor:
         if not self.trainable_scale:
             return super().forward(x, index)
-        x = functional.perturb(x, resize=self.image_size, interpolation=self.interpolation, data_format=self.data_format)
+        images, rows = _parts(x)
+        x = functional.perturb(
+            images, resize=self.image_size, rows=rows, interpolation=self.interpolation, data_format=self.data_format
+        )
         scale = self.image_scale.clamp(0.1, 5)
         beyond = [
             (torch.arange(size, device=x.device) - (size - 1) / 2).abs() * 2 >= torch.floor(side * scale.detach())
@@ -289,7 +302,7 @@ class PatchPrompt(InputPrompt):
         top, left = (side // 2 for side in self.free) if isinstance(self.position, str) else self.position
         self._set_prompt(rectangle("position, patch", (top, left, *self.patch), self.canvas), (0, 0, 0, 0))
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Rows, index: Tensor | None = None) -> Tensor:
         if not (self.training and self.position == "random"):
             return super().forward(x, index)
         # The window is a compile-time constant of the kernels, so a moving patch is written on a canvas of its own size.
@@ -361,7 +374,7 @@ class MaskedPrompt(InputPrompt):
     def config(self) -> dict[str, Any]:
         return _without_module(super().config(), "mask_net", self.own_net)
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Rows, index: Tensor | None = None) -> Tensor:
         image = self._perturb(x, None, resize=self.canvas)
         return functional.perturb(
             image, self.prompt, cells=self.mask_net(image), squash=self.squash, scale=self.scale, dtype=image.dtype
@@ -394,7 +407,7 @@ class GeneratedPrompt(InputPrompt):
     def config(self) -> dict[str, Any]:
         return _without_module(super().config(), "generator", False)
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Rows, index: Tensor | None = None) -> Tensor:
         clean = functional.Normalization(self.norm, "none")
         image = self._perturb(x, None, resize=self.canvas, norm=clean)
         identity = self.norm.clone()
@@ -465,11 +478,13 @@ class SeriesPrompt(InputPrompt):
         operator = Operator.ADDITIVE if self.on_signal else Operator.CONCATENATIVE
         return Place(Format.LEARNABLE, Location.RAW, operator)
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Rows, index: Tensor | None = None) -> Tensor:
+        x, rows = _parts(x)
         if x.dim() not in (2, 3) or x.shape[-1] != self.series_length:
             raise bad("x", f"[B, {self.series_length}] or [B, C, {self.series_length}]", list(x.shape))
         flat = x.dim() == 2
         x = x[:, None, None] if flat else x[:, :, None]
         prompt = nn.functional.dropout(self.prompt, self.dropout, self.training)
-        out = self._perturb(x, prompt, offset=(0, 0), copies=self.segments, period=self.period, **self._share(index)).squeeze(-2)
+        tiles = {"offset": (0, 0), "copies": self.segments, "period": self.period}
+        out = self._perturb(x, prompt, rows=rows, **tiles, **self._share(index)).squeeze(-2)
         return out.squeeze(-2) if flat and self.channels == 1 else out

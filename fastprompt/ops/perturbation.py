@@ -73,11 +73,11 @@ def _decode(numbers: tuple[int, ...], scale: float) -> Settings:
 _known_code = lru_cache(maxsize=1024)(Settings.encode)
 _library = torch.library.Library("fastprompt", "FRAGMENT")
 for _schema in (
-    "perturb(Tensor x, Tensor? prompt, Tensor? mask, Tensor? cells, Tensor? index, Tensor? norm, "
+    "perturb(Tensor x, Tensor? prompt, Tensor? mask, Tensor? cells, Tensor? index, Tensor? rows, Tensor? norm, "
     "int[] settings, float scale) -> Tensor",
-    "perturb_prompt_gradient(Tensor g, Tensor? x, Tensor prompt, Tensor? mask, Tensor? index, Tensor? norm, "
+    "perturb_prompt_gradient(Tensor g, Tensor? x, Tensor prompt, Tensor? mask, Tensor? index, Tensor? rows, Tensor? norm, "
     "int[] settings, float scale) -> Tensor",
-    "perturb_cells_gradient(Tensor g, Tensor? x, Tensor prompt, Tensor? mask, Tensor cells, Tensor? norm, "
+    "perturb_cells_gradient(Tensor g, Tensor? x, Tensor prompt, Tensor? mask, Tensor cells, Tensor? rows, Tensor? norm, "
     "int[] settings, float scale) -> (Tensor, Tensor)",
     "perturb_image_gradient(Tensor g, Tensor? x, Tensor? prompt, Tensor? mask, Tensor? cells, Tensor? index, Tensor? norm, "
     "SymInt[] size, ScalarType image_dtype, int[] settings, float scale) -> Tensor",
@@ -138,29 +138,31 @@ def _near(t: Tensor) -> Tensor:
     return t if sum(spans) < 2**31 else t.contiguous()
 
 
-def _source(x: Tensor | None, s: Settings) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(x with its columns resized, first row, row weights) for the kernels."""
+def _source(x: Tensor | None, rows: Tensor | None, s: Settings) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(x; or the samples with their columns resized, first row, row weights) for the kernels."""
     if x is None:
         return None, None, None
     x = _near(x)
     if s.interpolation == "none":
         return x, None, None
     integer = x.dtype == torch.uint8
-    columns = _taps(x.shape[3], s.image[3], s.interpolation, integer, x.device)
-    rows = _taps(x.shape[2], s.image[2], s.interpolation, integer, x.device)
-    launch = pick("forward", x.shape[0], _runtime.arch(x.device))
-    return kernel_forward.resize_columns(x, *columns, s.image[3], launch), *rows
+    across = _taps(x.shape[3], s.image[3], s.interpolation, integer, x.device)
+    down = _taps(x.shape[2], s.image[2], s.interpolation, integer, x.device)
+    launch = pick("forward", _batch(x, rows), _runtime.arch(x.device))
+    return kernel_forward.resize_columns(x, rows, *across, s.image[3], launch), *down
 
 
-def _forward_triton(x, prompt, mask, cells, index, norm, s):  # type: ignore[no-untyped-def]
-    prompt, mask, cells, index = _contiguous(prompt, mask, cells, index)
+def _forward_triton(x, prompt, mask, cells, index, rows, norm, s):  # type: ignore[no-untyped-def]
+    prompt, mask, cells, index, rows = _contiguous(prompt, mask, cells, index, rows)
     norm = _identity_table(x.shape[1], x.device) if norm is None else norm
-    out = _empty_output(x, prompt, s)
-    source, first, taps = _source(x, s)
-    launch = pick("forward", x.shape[0], _runtime.arch(x.device), taps is not None)
+    out = _empty_output(x, prompt, rows, s)
+    source, first, taps = _source(x, rows, s)
+    launch = pick("forward", _batch(x, rows), _runtime.arch(x.device), taps is not None)
     flags = _flags(s, x.shape[1], mask, s.clamp != "none", taps) | _cell_flags(s, cells)
     flags |= {"CHANNELS_LAST": s.channels_last, "VECTOR": _edge_alignment(s)}
-    return kernel_forward.perturb_forward(source, prompt, mask, cells, index, norm, first, taps, out, s.scale, flags, launch)
+    return kernel_forward.perturb_forward(
+        source, rows, x.shape[0], prompt, mask, cells, index, norm, first, taps, out, s.scale, flags, launch
+    )
 
 
 def _edge_alignment(s: Settings) -> int:
@@ -171,32 +173,38 @@ def _edge_alignment(s: Settings) -> int:
     return next(n for n in (16, 8, 4, 2, 1) if all(edge % n == 0 for edge in edges))
 
 
-def _prompt_gradient_triton(g, x, prompt, mask, index, norm, s):  # type: ignore[no-untyped-def]
-    prompt, mask, index = _contiguous(prompt, mask, index)
+def _prompt_gradient_triton(g, x, prompt, mask, index, rows, norm, s):  # type: ignore[no-untyped-def]
+    prompt, mask, index, rows = _contiguous(prompt, mask, index, rows)
     g = _near(g)
     norm = _identity_table(g.shape[-3], g.device) if norm is None else norm
-    source, first, taps = _source(x, s)
-    launch = pick("prompt_gradient", g.shape[-4], _runtime.arch(g.device), x is not None)
-    flags = _flags(s, g.shape[-3], mask, x is not None, taps)
+    again = s.clamp == "exact"  # clamped positions are found again
+    source, first, taps = _source(x if again else None, rows, s)
+    launch = pick("prompt_gradient", g.shape[-4], _runtime.arch(g.device), again)
+    flags = _flags(s, g.shape[-3], mask, again, taps)
     g = g if s.share == "product" else g[None]
-    return kernel_backward.prompt_gradient(g, source, prompt, mask, index, norm, first, taps, s.scale, flags, launch)
+    images = 0 if x is None else x.shape[0]
+    return kernel_backward.prompt_gradient(
+        g, source, rows, images, prompt, mask, index, norm, first, taps, s.scale, flags, launch
+    )
 
 
-def _cells_gradient_triton(g, x, prompt, mask, cells, norm, s):  # type: ignore[no-untyped-def]
-    prompt, mask, cells = _contiguous(prompt, mask, cells)
+def _cells_gradient_triton(g, x, prompt, mask, cells, rows, norm, s):  # type: ignore[no-untyped-def]
+    prompt, mask, cells, rows = _contiguous(prompt, mask, cells, rows)
     g = _near(g)
     norm = _identity_table(g.shape[-3], g.device) if norm is None else norm
-    source, first, taps = _source(x, s)
+    again = s.clamp == "exact"
+    source, first, taps = _source(x if again else None, rows, s)
     launch = pick("cells_gradient", g.shape[0], _runtime.arch(g.device))
-    flags = _flags(s, g.shape[1], mask, x is not None, taps) | _cell_flags(s, cells)
-    return kernel_backward.cells_gradient(g, source, prompt, mask, cells, norm, first, taps, s.scale, flags, launch)
+    flags = _flags(s, g.shape[1], mask, again, taps) | _cell_flags(s, cells)
+    images = 0 if x is None else x.shape[0]
+    return kernel_backward.cells_gradient(g, source, rows, images, prompt, mask, cells, norm, first, taps, s.scale, flags, launch)
 
 
 def _image_gradient_triton(g, x, prompt, mask, cells, index, norm, size, image_dtype, s):  # type: ignore[no-untyped-def]
     prompt, mask, cells, index = _contiguous(prompt, mask, cells, index)
     g = _near(g)
     norm = _identity_table(g.shape[-3], g.device) if norm is None else norm
-    source, first, taps = _source(x, s)
+    source, first, taps = _source(x, None, s)
     launch = pick("image_gradient", g.shape[-4], _runtime.arch(g.device))
     flags = _flags(s, g.shape[-3], mask, x is not None, taps) | _cell_flags(s, cells)
     g = g if s.share == "product" else g[None]
@@ -223,6 +231,14 @@ _CACHE_BYTES = 1 << 20  # a chunk of samples that fits in a core's second-level 
 def _chunks(batch: int, sample_bytes: int, one_by_one: bool = False) -> list[slice]:
     step = 1 if one_by_one else max(1, _CACHE_BYTES // max(sample_bytes, 1))
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def _images(x: Tensor, rows: Tensor | None, part: slice) -> Tensor:
+    """The images of the samples `part`: a view, but for several rows, which are copied into the cache."""
+    if rows is None:
+        return x[part]
+    chosen = rows[part]
+    return x[int(chosen)][None] if len(chosen) == 1 else x.index_select(0, chosen)
 
 
 def _on_image(canvas: Tensor, s: Settings) -> Tensor:
@@ -414,10 +430,11 @@ def _place_cpu(x: Tensor, under: Tensor, flat: Tensor | float | None, image: _Af
         torch.add(under, pixel, alpha=unit, out=out)
 
 
-def _forward_cpu(x, prompt, mask, cells, index, norm, s):  # type: ignore[no-untyped-def]
+def _forward_cpu(x, prompt, mask, cells, index, rows, norm, s):  # type: ignore[no-untyped-def]
     if s.impl == "triton":
-        return _forward_triton(x, prompt, mask, cells, index, norm, s)
-    out = _runtime.in_huge_pages(_empty_output(x, prompt, s))
+        return _forward_triton(x, prompt, mask, cells, index, rows, norm, s)
+    out = _runtime.in_huge_pages(_empty_output(x, prompt, rows, s))
+    batch = _batch(x, rows)
     gain, less = _affine(norm)
     covers = s.copies == 1 and tuple(s.image[2:]) == tuple(s.canvas)
     # Everything is written normalised at once: in pixel space the mean belongs to the canvas, otherwise to the image.
@@ -426,7 +443,7 @@ def _forward_cpu(x, prompt, mask, cells, index, norm, s):  # type: ignore[no-unt
         canvas, image = _Affine(None, less), _Affine(gain, None)
     to_prompts = canvas if cells is None else canvas._replace(less=None)
     one_by_one = s.share == "index"
-    apart = s.share == "sample" or (one_by_one and prompt.shape[0] > x.shape[0])  # or most prompts would be made for nobody
+    apart = s.share == "sample" or (one_by_one and prompt.shape[0] > batch)  # or most prompts would be made for nobody
     p = None if apart else _prompts_cpu(prompt, mask, to_prompts, s)
     bounds = None
     if s.clamp != "none":
@@ -434,20 +451,21 @@ def _forward_cpu(x, prompt, mask, cells, index, norm, s):  # type: ignore[no-unt
     sample = (
         4 * x.shape[1] * (s.image[2] * s.image[3] * s.copies if bounds is None and cells is None else s.canvas[0] * s.canvas[1])
     )
-    parts = _chunks(len(x), sample * (len(prompt) if s.share == "product" else 1), one_by_one)
+    parts = _chunks(batch, sample * (len(prompt) if s.share == "product" else 1), one_by_one)
     for part in parts:
         if p is not None:
             ours = _whose(p, index, part, s)
         else:
             ours = _prompts_cpu(prompt[index[part] if one_by_one else part], mask, to_prompts, s)
         to = out if len(parts) == 1 else out[..., part, :, :, :]
-        _compose(x if len(parts) == 1 else x[part], ours, None if cells is None else cells[part], canvas, image, to, s)
+        ours_x = x if len(parts) == 1 and rows is None else _images(x, rows, part)
+        _compose(ours_x, ours, None if cells is None else cells[part], canvas, image, to, s)
         if bounds is not None:
             torch.minimum(torch.maximum(to, bounds[0], out=to), bounds[1], out=to)
     return out
 
 
-def _kept_cpu(g: Tensor, x: Tensor, prompt: Tensor | None, mask, cells, index, norm: Tensor, s: Settings) -> Tensor:  # type: ignore[no-untyped-def]
+def _kept_cpu(g: Tensor, x: Tensor, prompt: Tensor | None, mask, cells, index, rows, norm: Tensor, s: Settings) -> Tensor:  # type: ignore[no-untyped-def]
     """g [..., B, C, H, W] with 0 where the sample was clamped."""
     # hardtanh's backward is one pass; it excludes its limits and clamp does not, so they move by one step.
     low = torch.nextafter(norm[2], torch.tensor(-torch.inf)).tolist()
@@ -458,9 +476,9 @@ def _kept_cpu(g: Tensor, x: Tensor, prompt: Tensor | None, mask, cells, index, n
     image = _affine(norm) if s.normalized else _NOTHING
     kept = torch.empty_like(g)
     sample = 4 * g.shape[-3] * s.canvas[0] * s.canvas[1]
-    for part in _chunks(len(x), sample * (len(p) if s.share == "product" else 1), s.share == "index"):
+    for part in _chunks(_batch(x, rows), sample * (len(p) if s.share == "product" else 1), s.share == "index"):
         v = torch.empty(g[..., part, :, :, :].shape)
-        _compose(x[part], _whose(p, index, part, s), None if cells is None else cells[part], _NOTHING, image, v, s)
+        _compose(_images(x, rows, part), _whose(p, index, part, s), None if cells is None else cells[part], _NOTHING, image, v, s)
         for plane, minimum, maximum in zip(planes, low, high, strict=False):
             at = (..., part, plane, slice(None), slice(None))
             kept[at] = torch.ops.aten.hardtanh_backward(g[at].float(), v[..., plane, :, :], minimum, maximum)
@@ -525,11 +543,11 @@ def _through_prompt_cpu(total: Tensor, prompt: Tensor, mask: Tensor | None, s: S
     return total.to(prompt.dtype)
 
 
-def _prompt_gradient_cpu(g, x, prompt, mask, index, norm, s):  # type: ignore[no-untyped-def]
+def _prompt_gradient_cpu(g, x, prompt, mask, index, rows, norm, s):  # type: ignore[no-untyped-def]
     if s.impl == "triton":
-        return _prompt_gradient_triton(g, x, prompt, mask, index, norm, s)
-    if x is not None:
-        g = _kept_cpu(g, x, prompt, mask, None, index, norm, s)
+        return _prompt_gradient_triton(g, x, prompt, mask, index, rows, norm, s)
+    if s.clamp == "exact":
+        g = _kept_cpu(g, x, prompt, mask, None, index, rows, norm, s)
     total = _sum_of_samples(g, index, prompt.shape[0], s)
     gain = None if s.normalized else _affine(norm).gain
     if gain is not None or s.scale != 1:
@@ -537,11 +555,11 @@ def _prompt_gradient_cpu(g, x, prompt, mask, index, norm, s):  # type: ignore[no
     return _through_prompt_cpu(total, prompt, mask, s)
 
 
-def _cells_gradient_cpu(g, x, prompt, mask, cells, norm, s):  # type: ignore[no-untyped-def]
+def _cells_gradient_cpu(g, x, prompt, mask, cells, rows, norm, s):  # type: ignore[no-untyped-def]
     if s.impl == "triton":
-        return _cells_gradient_triton(g, x, prompt, mask, cells, norm, s)
-    if x is not None:
-        g = _kept_cpu(g, x, prompt, mask, cells, None, norm, s)
+        return _cells_gradient_triton(g, x, prompt, mask, cells, rows, norm, s)
+    if s.clamp == "exact":
+        g = _kept_cpu(g, x, prompt, mask, cells, None, rows, norm, s)
     gain = None if s.normalized else _affine(norm).gain
     p = _prompts_cpu(prompt, mask, _NOTHING, s)
     _, planes, rows, columns = cells.shape
@@ -562,7 +580,7 @@ def _image_gradient_cpu(g, x, prompt, mask, cells, index, norm, size, image_dtyp
     if s.impl == "triton":
         return _image_gradient_triton(g, x, prompt, mask, cells, index, norm, size, image_dtype, s)
     if x is not None:
-        g = _kept_cpu(g, x, prompt, mask, cells, index, norm, s)
+        g = _kept_cpu(g, x, prompt, mask, cells, index, None, norm, s)
     placed = _on_image(g, s)
     placed = placed.float().sum(-2) if s.copies > 1 else placed
     placed = placed.float().sum(0) if s.share == "product" else placed
@@ -574,25 +592,30 @@ def _image_gradient_cpu(g, x, prompt, mask, cells, index, norm, size, image_dtyp
 # ---- Registration ----
 
 
-def _empty_output(x: Tensor, prompt: Tensor | None, s: Settings) -> Tensor:
-    shape = (x.shape[0], x.shape[1], *s.canvas)
+def _batch(x: Tensor, rows: Tensor | None) -> int:
+    return x.shape[0] if rows is None else rows.shape[0]
+
+
+def _empty_output(x: Tensor, prompt: Tensor | None, rows: Tensor | None, s: Settings) -> Tensor:
+    batch = _batch(x, rows)
+    shape = (batch, x.shape[1], *s.canvas)
     if s.share == "product":
         assert prompt is not None
         shape = (prompt.shape[0] * shape[0], *shape[1:])
     memory_format = torch.channels_last if s.channels_last else torch.contiguous_format
     out = torch.empty(shape, dtype=s.dtype, device=x.device, memory_format=memory_format)
-    return out.unflatten(0, (prompt.shape[0], x.shape[0])) if s.share == "product" else out  # type: ignore[union-attr]
+    return out.unflatten(0, (prompt.shape[0], batch)) if s.share == "product" else out  # type: ignore[union-attr]
 
 
-def _forward_fake(x, prompt, mask, cells, index, norm, s):  # type: ignore[no-untyped-def]
-    return _empty_output(x, prompt, s)
+def _forward_fake(x, prompt, mask, cells, index, rows, norm, s):  # type: ignore[no-untyped-def]
+    return _empty_output(x, prompt, rows, s)
 
 
-def _prompt_gradient_fake(g, x, prompt, mask, index, norm, s):  # type: ignore[no-untyped-def]
+def _prompt_gradient_fake(g, x, prompt, mask, index, rows, norm, s):  # type: ignore[no-untyped-def]
     return torch.empty_like(prompt, memory_format=torch.contiguous_format)
 
 
-def _cells_gradient_fake(g, x, prompt, mask, cells, norm, s):  # type: ignore[no-untyped-def]
+def _cells_gradient_fake(g, x, prompt, mask, cells, rows, norm, s):  # type: ignore[no-untyped-def]
     dense = torch.contiguous_format
     return torch.empty_like(prompt, memory_format=dense), torch.empty_like(cells, memory_format=dense)
 
@@ -643,11 +666,12 @@ class Perturb(torch.autograd.Function):
     """`perturb` with gradients for the image, the prompt and the cells; only what needs one is computed."""
 
     @staticmethod
-    def forward(ctx, x, prompt, mask, cells, index, norm, settings):  # type: ignore[no-untyped-def]
-        # Nothing of the image is kept unless clamped positions must be found again.
-        ctx.save_for_backward(x if settings.clamp == "exact" else None, prompt, mask, cells, index, norm)
+    def forward(ctx, x, prompt, mask, cells, index, rows, norm, settings):  # type: ignore[no-untyped-def]
+        # Nothing of the image is kept unless clamped positions must be found again, or it is a whole set that stays anyway.
+        kept = x if settings.clamp == "exact" or rows is not None else None
+        ctx.save_for_backward(kept, prompt, mask, cells, index, rows, norm)
         ctx.settings, ctx.size, ctx.image_dtype = settings, x.shape[-2:], x.dtype
-        return forward(x, prompt, mask, cells, index, norm, settings)
+        return forward(x, prompt, mask, cells, index, rows, norm, settings)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
@@ -656,13 +680,13 @@ class Perturb(torch.autograd.Function):
                 "fastprompt.functional.perturb has no second derivative: call backward without create_graph=True, or use "
                 'impl="torch"'
             )
-        x, prompt, mask, cells, index, norm = ctx.saved_tensors
+        x, prompt, mask, cells, index, rows, norm = ctx.saved_tensors
         s = ctx.settings
         d_x = d_prompt = d_cells = None
         if ctx.needs_input_grad[0]:
             d_x = _image_gradient(g, x, prompt, mask, cells, index, norm, ctx.size, ctx.image_dtype, s)
         if cells is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[3]):
-            d_prompt, d_cells = _cells_gradient(g, x, prompt, mask, cells, norm, s)
+            d_prompt, d_cells = _cells_gradient(g, x, prompt, mask, cells, rows, norm, s)
         elif ctx.needs_input_grad[1]:
-            d_prompt = _prompt_gradient(g, x, prompt, mask, index, norm, s)
-        return d_x, d_prompt, None, d_cells, None, None, None
+            d_prompt = _prompt_gradient(g, x, prompt, mask, index, rows, norm, s)
+        return d_x, d_prompt, None, d_cells, None, None, None, None

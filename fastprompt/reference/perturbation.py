@@ -116,17 +116,22 @@ def place(x: Tensor, canvas: tuple[int, int], image: Rect, copies: int, period: 
 
 
 def perturb(
-    x: Tensor, prompt: Tensor | None, mask: Tensor | None, cells: Tensor | None, index: Tensor | None, norm: Tensor,
+    x: Tensor, prompt: Tensor | None, mask: Tensor | None, cells: Tensor | None, index: Tensor | None, rows: Tensor | None,
+    norm: Tensor,
     canvas: tuple[int, int], image: Rect, interpolation: str, copies: int, period: int, window: Rect, hole: Rect,
     share: str, squash_: str, mask_first: bool, scale: float, normalized: bool, clamp: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The prompted input [B, C, H, W] (share "product": [K, B, C, H, W]) in `dtype`.
 
-    x [B, C, h, w] uint8 or float; prompt [N, C, h', w']; mask [1 or C, H, W]; cells [B, 1 or C, rows, columns]; index [B];
-    norm [4, C]: mean, 1 / std, low, high. interpolation "none" needs h, w to be the image rectangle's. clamp is "none",
-    "exact" (gradient 0 where clamped) or "straight" (straight-through).
+    x [B, C, h, w] uint8 or float, or images of which sample b is x[rows[b]]; prompt [N, C, h', w']; mask [1 or C, H, W];
+    cells [B, 1 or C, rows, columns]; index [B]; norm [4, C]: mean, 1 / std, low, high. interpolation "none" needs h, w to be
+    the image rectangle's. clamp is "none", "exact" (gradient 0 where clamped) or "straight" (straight-through).
     """
     inner = torch.float64 if torch.float64 in (x.dtype, norm.dtype) else torch.float32
+    there = None
+    if rows is not None:
+        there = (rows >= 0) & (rows < x.shape[0])
+        x = x[rows.clamp(0, x.shape[0] - 1)]
     if interpolation != "none":
         x = resize(x if x.dtype in (torch.uint8, inner) else x.to(inner), image[2:], interpolation)
     pixel = x.to(inner) / 255 if x.dtype == torch.uint8 else x.to(inner)
@@ -141,8 +146,8 @@ def perturb(
         elif share == "product":
             p = p[:, None]
         if cells is not None:
-            rows, columns = canvas[0] // cells.shape[2], canvas[1] // cells.shape[3]
-            p = p * cells.to(inner).repeat_interleave(rows, 2).repeat_interleave(columns, 3)
+            down, across = canvas[0] // cells.shape[2], canvas[1] // cells.shape[3]
+            p = p * cells.to(inner).repeat_interleave(down, 2).repeat_interleave(across, 3)
         base = base + p
     if clamp != "none":
         limited = torch.minimum(torch.maximum(base, low), high)
@@ -150,4 +155,6 @@ def perturb(
         limited = torch.where(inside | base.isnan(), base, limited.detach())
         base = limited if clamp == "exact" else base + (limited - base).detach()
     out = base if normalized else (base - mean) * gain
+    if there is not None:
+        out = torch.where(there[:, None, None, None], out, torch.nan)
     return out.to(dtype)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .pixel import coordinates, image_pixel, mask_value, prompt_offset, prompt_slope, prompt_value, within
+from .pixel import coordinates, image_of, image_pixel, mask_value, prompt_offset, prompt_slope, prompt_value, within
 
 
 @triton.jit
@@ -60,10 +60,10 @@ def pixel_to_dense(y, x, WINDOW: tl.constexpr, HOLE: tl.constexpr):
         return flat - skipped - tl.where(beside, HOLE[3], 0)
 
 
-@triton.jit(do_not_specialize=["batch", "prompts", "chunk"])
+@triton.jit(do_not_specialize=["images", "batch", "prompts", "chunk"], do_not_specialize_on_alignment=["rows_ptr"])
 def prompt_gradient_kernel(
-    g_ptr, x_ptr, prompt_ptr, mask_ptr, index_ptr, norm_ptr, first_ptr, taps_ptr, out_ptr,
-    batch, prompts, chunk,
+    g_ptr, x_ptr, rows_ptr, prompt_ptr, mask_ptr, index_ptr, norm_ptr, first_ptr, taps_ptr, out_ptr,
+    images, batch, prompts, chunk,
     stride_gk, stride_gb, stride_gc, stride_gy, stride_gx,
     stride_b, stride_c, stride_y, stride_x,
     scale,
@@ -118,7 +118,7 @@ def prompt_gradient_kernel(
     stop = start + 1 if SHARE == "sample" else tl.minimum(start + chunk, batch)
     for b0 in range(start, stop, SAMPLES):
         b = b0 + tl.arange(0, SAMPLES)[:, None]
-        take = b < stop
+        image, take = image_of(rows_ptr, images, b, b < stop, TAPS)  # a row out of range has no gradient
         if SHARE == "index":
             take = take & (tl.load(index_ptr + b, mask=take, other=-1).to(tl.int64) == n)
         source = g_ptr + b.to(tl.int64) * stride_gb
@@ -127,7 +127,7 @@ def prompt_gradient_kernel(
         g = tl.load(source + offset, mask=take & wanted, other=0.0).to(tl.float32)
         if CLAMP:
             pixel, inside = image_pixel(
-                x_ptr, first_ptr, taps_ptr, b, c, y, x, take & wanted, stride_b, stride_c, stride_y, stride_x,
+                x_ptr, first_ptr, taps_ptr, image, c, y, x, take & wanted, stride_b, stride_c, stride_y, stride_x,
                 IMAGE, COPIES, PERIOD, TAPS, 1,
             )  # fmt: skip
             v = p + (tl.where(inside, (pixel - mean) * gain, 0.0) if NORMALIZED else tl.where(inside, pixel, 0.0))
@@ -234,10 +234,10 @@ def image_gradient_kernel(
     tl.store(out_ptr + e, (d * gain).to(out_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["batch", "chunk"])
+@triton.jit(do_not_specialize=["images", "batch", "chunk"], do_not_specialize_on_alignment=["rows_ptr"])
 def cells_gradient_kernel(
-    g_ptr, x_ptr, prompt_ptr, mask_ptr, cells_ptr, norm_ptr, first_ptr, taps_ptr, cells_out_ptr, partial_ptr,
-    batch, chunk,
+    g_ptr, x_ptr, rows_ptr, prompt_ptr, mask_ptr, cells_ptr, norm_ptr, first_ptr, taps_ptr, cells_out_ptr, partial_ptr,
+    images, batch, chunk,
     stride_gb, stride_gc, stride_gy, stride_gx,
     stride_b, stride_c, stride_y, stride_x,
     scale,
@@ -279,12 +279,14 @@ def cells_gradient_kernel(
         sample = tl.zeros([1, 1, 1], tl.int64) + b
         cell_at = (sample * CELL_CHANNELS + plane) * (ROWS * COLUMNS) + patch
         known = patch < ROWS * COLUMNS
+        image, there = image_of(rows_ptr, images, sample, sample < batch, TAPS)
+        take = valid & there
         cell = tl.load(cells_ptr + cell_at, mask=known, other=0.0).to(tl.float32)
         at = sample * stride_gb + c * stride_gc + y * stride_gy + x * stride_gx
-        g = tl.load(g_ptr + at, mask=valid, other=0.0).to(tl.float32) * unit
+        g = tl.load(g_ptr + at, mask=take, other=0.0).to(tl.float32) * unit
         if CLAMP:
             pixel, inside = image_pixel(
-                x_ptr, first_ptr, taps_ptr, sample, c, y, x, valid, stride_b, stride_c, stride_y, stride_x,
+                x_ptr, first_ptr, taps_ptr, image, c, y, x, take, stride_b, stride_c, stride_y, stride_x,
                 IMAGE, COPIES, PERIOD, TAPS, 1,
             )  # fmt: skip
             base = tl.where(inside, (pixel - mean) * gain, 0.0) if NORMALIZED else tl.where(inside, pixel, 0.0)
@@ -319,7 +321,7 @@ def strides_of(x):
     return (0, 0, 0, 0) if x is None else x.stride()
 
 
-def prompt_gradient(g, x, prompt, mask, index, norm, first, taps, scale, flags, launch):
+def prompt_gradient(g, x, rows, images, prompt, mask, index, norm, first, taps, scale, flags, launch):
     """d prompt [N, C, h', w'] in the prompt's dtype; g is [K, B, C, H, W], K = 1 unless SHARE is "product"."""
     batch = g.shape[1]
     prompts = prompt.shape[0]
@@ -337,8 +339,8 @@ def prompt_gradient(g, x, prompt, mask, index, norm, first, taps, scale, flags, 
     samples = 1 if flags["SHARE"] == "sample" else launch.SAMPLES
     if partial.numel():
         prompt_gradient_kernel[(triton.cdiv(positions, launch.BLOCK) * prompts * max(splits, 1),)](
-            g, x, prompt, mask, index, norm, first, taps, partial,
-            batch, prompts, launch.chunk, *g.stride(), *strides_of(x), scale, **flags,
+            g, x, rows, prompt, mask, index, norm, first, taps, partial,
+            images, batch, prompts, launch.chunk, *g.stride(), *strides_of(x), scale, **flags,
             CHANNELS_LAST=channels_last, FINAL=final, VECTOR=1 if final else run_length(g, flags, channels_last),
             SAMPLES=samples, BLOCK=launch.BLOCK, num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -370,20 +372,20 @@ def image_gradient(g, x, prompt, mask, cells, index, norm, first, taps, dtype, s
     return out
 
 
-def cells_gradient(g, x, prompt, mask, cells, norm, first, taps, scale, flags, launch):
+def cells_gradient(g, x, rows, images, prompt, mask, cells, norm, first, taps, scale, flags, launch):
     """(d prompt [1, C, H, W], d cells [B, CELL_CHANNELS, rows, columns]) of sample-specific masks; g is [B, C, H, W]."""
     batch = g.shape[0]
     out, d_cells = torch.empty_like(prompt), torch.empty_like(cells)
     splits = triton.cdiv(batch, launch.chunk)
-    _, planes, rows, columns = cells.shape
+    _, planes, down, across = cells.shape
     area = triton.next_power_of_2(flags["CELLS"][0] * flags["CELLS"][1])
     channels = triton.next_power_of_2(flags["C"]) if planes == 1 else 1
-    patches = max(1, min(triton.next_power_of_2(rows * columns), launch.BLOCK // (area * channels)))
+    patches = max(1, min(triton.next_power_of_2(down * across), launch.BLOCK // (area * channels)))
     partial = torch.empty((splits, *out.shape), dtype=torch.float32, device=g.device)
     if batch:
-        cells_gradient_kernel[(triton.cdiv(rows * columns, patches) * planes * splits,)](
-            g, x, prompt, mask, cells, norm, first, taps, d_cells, partial,
-            batch, launch.chunk, *g.stride(), *strides_of(x), scale, **flags,
+        cells_gradient_kernel[(triton.cdiv(down * across, patches) * planes * splits,)](
+            g, x, rows, prompt, mask, cells, norm, first, taps, d_cells, partial,
+            images, batch, launch.chunk, *g.stride(), *strides_of(x), scale, **flags,
             CHANNELS=channels, PATCHES=patches, AREA=area,
             num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip

@@ -94,6 +94,20 @@ def prompt_slope(delta, m, scale, SQUASH: tl.constexpr, MASK_FIRST: tl.constexpr
 
 
 @triton.jit
+def image_of(rows_ptr, images, b, take, TAPS: tl.constexpr):
+    """(Where sample b's image lies in x, whether there is one): image rows[b] of `images`, or b itself without rows.
+
+    Resizing along the columns (TAPS > 0) has already put the images in the batch's order.
+    """
+    n = b.to(tl.int64)
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + b, mask=take, other=-1)
+        take = take & (row >= 0) & (row < images)
+        n = row if TAPS == 0 else n
+    return n, take
+
+
+@triton.jit
 def image_pixel(
     x_ptr, first_ptr, taps_ptr, b, c, y, x, live,
     stride_b, stride_c, stride_y, stride_x,
