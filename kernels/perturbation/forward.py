@@ -19,7 +19,7 @@ import triton.language as tl
 from .pixel import clamped, coordinates, image_pixel, mask_value, prompt_offset, prompt_value, within
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def resize_columns_kernel(
     x_ptr, first_ptr, taps_ptr, out_ptr, rows,
     stride_b, stride_c, stride_y, stride_x,
