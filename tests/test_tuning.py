@@ -307,16 +307,23 @@ def test_warming_up_runs_a_step_on_zeros_and_leaves_no_trace():
     assert fastprompt.warmup(model, x, ((4,), torch.int64)) is None
     ((seen, ids, grad),) = model.seen
     assert (seen.dtype, seen.shape, ids.dtype) == (torch.bfloat16, (4, 3), torch.int64)
-    assert not seen.requires_grad and not seen.any() and not ids.any() and grad
+    assert not seen.requires_grad
+    assert not seen.any()
+    assert not ids.any()
+    assert grad
     assert model.backwards == 1
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, kept[name]) for name, t in model.state_dict().items())
-    assert (model.weight.grad == 7).all() and model.frozen.grad is None and x.grad is None
+    assert (model.weight.grad == 7).all()
+    assert model.frozen.grad is None
+    assert x.grad is None
     fastprompt.warmup(model, x, ids, backward=False)
-    assert model.backwards == 1 and not model.seen[-1][2]
+    assert model.backwards == 1
+    assert not model.seen[-1][2]
     given = []
     fastprompt.warmup(model, x, step=lambda x: given.append(x) or (model.weight * 2).sum())
-    assert len(given) == 1 and len(model.seen) == 2
+    assert len(given) == 1
+    assert len(model.seen) == 2
     with pytest.raises(ValueError, match="inputs: expected tensors or"):
         fastprompt.warmup(model, (4, 3))
     with pytest.raises(RuntimeError):
