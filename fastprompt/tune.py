@@ -47,7 +47,7 @@ class Work:
     inputs: Callable[[torch.Generator, torch.device], Inputs]
     form: Callable[[Inputs, str], Tensor]
     wrt: tuple[str, ...] = ()
-    tolerance: float = 2e-2  # of the largest value
+    tolerance: float = 1.0  # of the largest value; that of the dtype where it is less
 
     def bind(self, inputs: Inputs, impl: str) -> Call:
         if not self.wrt:
@@ -59,19 +59,24 @@ class Work:
 # ---- What is launched ----
 
 
-def works(family: str, dry: bool) -> list[Work]:
-    """The shapes that the kernels of a family are measured on. dry: as small as the interpreter needs."""
-    return {"perturbation": _perturbation, "embedding": _embedding, "attention": _attention, "mapping": _mapping}[family](dry)
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+def works(family: str, small: bool, dtype: torch.dtype | None = None) -> list[Work]:
+    """The shapes that the kernels of a family are measured on, in bfloat16. small: as the interpreter needs, in float32."""
+    make = {"perturbation": _perturbation, "embedding": _embedding, "attention": _attention, "mapping": _mapping}[family]
+    dtype = dtype or (torch.float32 if small else torch.bfloat16)
+    return [replace(work, tolerance=min(work.tolerance, _TOLERANCE[dtype])) for work in make(small, dtype)]
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def _perturbation(dry: bool) -> list[Work]:
-    batch, canvas, small, large, half = (2, 32, 8, 24, torch.float32) if dry else (256, 224, 32, 192, torch.bfloat16)
+def _perturbation(small: bool, half: torch.dtype) -> list[Work]:
+    batch, canvas, sizes = (2, 32, (8, 24)) if small else (256, 224, (32, 192))
     made = []
-    for size in (small, large):
+    for size in sizes:
 
         def inputs(generator: torch.Generator, device: torch.device, size: int = size) -> Inputs:
             return {
@@ -103,10 +108,10 @@ def _perturbation(dry: bool) -> list[Work]:
     return made
 
 
-def _embedding(dry: bool) -> list[Work]:
-    words, half = (50, torch.float32) if dry else (128_256, torch.bfloat16)
+def _embedding(small: bool, half: torch.dtype) -> list[Work]:
+    words = 50 if small else 128_256
     made = []
-    for batch, length, slots, width in [(2, 5, 3, 16)] if dry else [(8, 2048, 128, 4096), (256, 197, 50, 768)]:
+    for batch, length, slots, width in [(2, 5, 3, 16)] if small else [(8, 2048, 128, 4096), (256, 197, 50, 768)]:
 
         def inputs(
             generator: torch.Generator, device: torch.device, batch: int = batch, length: int = length, slots: int = slots,
@@ -130,11 +135,11 @@ def _embedding(dry: bool) -> list[Work]:
     return made
 
 
-def _attention(dry: bool) -> list[Work]:
-    half = torch.float32 if dry else torch.bfloat16
+def _attention(small: bool, half: torch.dtype) -> list[Work]:
+    tiny = [("tiny", 2, 2, 1, 9, 3, width, True) for width in (16, 80, 192)]
     shapes = [("Llama", 8, 32, 8, 2048, 128, 128, True), ("ViT-B", 256, 12, 12, 197, 50, 64, False)]
     made = []
-    for name, batch, heads, shared, length, rows, width, causal in [("tiny", 2, 2, 1, 9, 3, 16, True)] if dry else shapes:
+    for name, batch, heads, shared, length, rows, width, causal in tiny if small else shapes:
 
         def inputs(
             generator: torch.Generator, device: torch.device, batch: int = batch, heads: int = heads, shared: int = shared,
@@ -148,15 +153,15 @@ def _attention(dry: bool) -> list[Work]:
             return functional.prefix_attention(i["q"], i["k"], i["v"], i["prefix_k"], i["prefix_v"], causal=causal, impl=impl)
 
         title = f"{name} B={batch} H={heads}/{shared} T={length} P={rows} D={width}"
-        key = (half.itemsize, max(64, width))
+        key = (half.itemsize, next(w for w in (64, 128, 256) if width <= w))
         made.append(Work("attention", f"forward {title}", (("forward", *key),), inputs, attended))
         for kernel, wrt in (("query", ("q",)), ("own", ("k", "v")), ("prefix", ("prefix_k", "prefix_v"))):
             made.append(Work("attention", f"{kernel} gradient {title}", ((kernel, *key),), inputs, attended, wrt))
     return made
 
 
-def _mapping(dry: bool) -> list[Work]:
-    batch, sources, targets, half = (9, 40, 4, torch.float32) if dry else (65536, 1000, 10, torch.bfloat16)
+def _mapping(small: bool, half: torch.dtype) -> list[Work]:
+    batch, sources, targets = (9, 40, 4) if small else (65536, 1000, 10)
 
     def inputs(generator: torch.Generator, device: torch.device) -> Inputs:
         order = torch.randperm(sources, generator=generator, device=device)

@@ -143,7 +143,7 @@ def test_the_command_writes_what_pick_reads(folder, capsys, monkeypatch):
     assert found["conditions"]["torch"] == torch.__version__
     want = tune.candidates("embedding", "gather", embedding.CONFIGS["gather"])[1]
     assert embedding.launches(ARCH)["gather"] == want != embedding.CONFIGS["gather"]
-    work = tune.works("embedding", dry=True)[0]
+    work = tune.works("embedding", small=True)[0]
     inputs = work.inputs(torch.Generator().manual_seed(0), torch.device("cpu"))
     assert not tune.differs(work.bind(inputs, "triton")(), work.bind(inputs, "torch")(), 1e-6)
     write(folder / "cpu.json")  # another family's launches are kept
@@ -157,7 +157,7 @@ def test_the_command_writes_what_pick_reads(folder, capsys, monkeypatch):
 def test_wrong_answers_are_refused(folder, capsys, monkeypatch):
     from fastprompt import tune
 
-    work = tune.works("embedding", dry=True)[0]
+    work = tune.works("embedding", small=True)[0]
     present = embedding.launches(ARCH)["gather"]
 
     def wrong_with(bad):
