@@ -226,7 +226,7 @@ def test_everything_compiles_cold_within_a_minute():
     assert done.returncode == 0, done.stderr[-2000:]
     cold = json.loads(done.stdout)["cold"]
     assert cold["kernels"] == 15
-    assert 40 <= cold["of"]
+    assert cold["of"] >= 40
     assert cold["cpu_s"] / 15 * cold["of"] < 60, cold
 
 
@@ -320,6 +320,7 @@ def test_warming_up_runs_a_step_on_zeros_and_leaves_no_trace():
     assert (model.weight.grad == 7).all()
     assert model.frozen.grad is None
     assert x.grad is None
+    assert model.norm.bias.grad is None
     fastprompt.warmup(model, x, ids, backward=False)
     assert model.backwards == 1
     assert not model.seen[-1][2]

@@ -42,12 +42,11 @@ def pick(kernel: str, batch: int, arch: str, wide: bool = False) -> Launch:
     """The configuration for a kernel ("forward", "prompt_gradient", "cells_gradient", "image_gradient").
 
     wide: the kernel also holds the image's pixels (it resizes or finds clamped positions again); one sample at a time then
-    fits the registers. So it is written for few samples; a gradient of few samples is another kernel anyway (one chunk), and a
-    new batch size compiles at most one more of each. At most 16 chunks of a batch are summed, so the partial sums stay under
-    16 prompts' worth of memory.
+    fits the registers. A small batch takes the same launch as a large one, so that a new batch size compiles nothing. At most
+    16 chunks of a batch are summed, so the partial sums stay under 16 prompts' worth of memory.
     """
     few = CONFIGS[kernel][1:]
-    best = few[0] if few and (wide or (kernel == "forward" and batch < 8)) else launches(arch)[kernel]
+    best = few[0] if few and wide else launches(arch)[kernel]
     if kernel in ("prompt_gradient", "cells_gradient"):
         chunk = max(best.chunk, -(-batch // 16))
         return Launch(best.BLOCK, best.SAMPLES, chunk, best.num_warps, best.SUM_BLOCK)
