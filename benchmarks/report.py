@@ -1,7 +1,7 @@
 """`python -m benchmarks.report`: the tables of README.md and docs/performance.md, made from the files under results/.
 
 README.md holds blocks between `<!-- table: NAME -->` and `<!-- /table -->`; what is between is written by `BLOCKS[NAME]` and
-never by hand. CPU results are all of results/cpu*.json: a case that several files have counts from the newest. GPU results are
+never by hand. CPU results are cpu.json and cpu_<family>.json: a case that several files have counts from the newest. GPU results are
 results/gpu_<part>.json. `--check` writes nothing and fails when a file is not what the results say.
 """
 
@@ -62,7 +62,8 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.files = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        cpu = [name for name, found in self.files.items() if name.startswith("cpu") and "results" in found]
+        families = {name: {result["family"] for result in found.get("results", ())} for name, found in self.files.items()}
+        cpu = [name for name, found in families.items() if name == "cpu.json" or found == {name[len("cpu_") : -len(".json")]}]
         self.cpu = sorted(cpu, key=lambda name: self.files[name]["conditions"]["date"])
         self.gpu = {
             part: found for part in PARTS if (found := self.files.get(f"gpu_{part}.json")) is not None and not found.get("dry")

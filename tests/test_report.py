@@ -45,12 +45,14 @@ def test_a_newer_result_replaces_an_older_one(copy):
     found["conditions"]["date"] = "2099-01-01T00:00:00+00:00"
     found["results"] = [r for r in found["results"] if r["case"] == "demo size" and r["mode"] == "both"]
     found["results"][0]["rows"]["fastprompt"]["median_s"] = 0.04321
-    (folder / "results" / "cpu_again.json").write_text(json.dumps(found))
+    (folder / "results" / "cpu_perturbation.json").write_text(json.dumps(found))
+    (folder / "results" / "cpu_experiment.json").write_text(json.dumps(found).replace("0.04321", "0.09876"))
     assert command("--check") == 1
     assert command() == 0
     text = (folder / "README.md").read_text()
+    assert "98.76" not in text  # an experiment, not a family
     assert "| demo size both, B=64 3x16 to 32 | 43.21 ms |" in text
-    assert "cpu_again.json" in text
+    assert "cpu_perturbation.json" in text
 
 
 def test_blocks_that_nobody_writes_or_closes(copy):
