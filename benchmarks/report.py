@@ -1,8 +1,8 @@
 """`python -m benchmarks.report`: the tables of README.md and docs/performance.md, made from the files under results/.
 
 README.md holds blocks between `<!-- table: NAME -->` and `<!-- /table -->`; what is between is written by `BLOCKS[NAME]` and
-never by hand. CPU results are cpu.json and cpu_<family>.json: a case that several files have counts from the newest. GPU results are
-results/gpu_<part>.json. `--check` writes nothing and fails when a file is not what the results say.
+never by hand. CPU results are cpu.json and cpu_<family>.json: a case that several files have counts from the newest. GPU results
+are results/gpu_<part>.json. `--check` writes nothing and fails when a file is not what the results say.
 """
 
 from __future__ import annotations
