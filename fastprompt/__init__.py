@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastprompt.methods import build
     from fastprompt.reprogram import Reprogrammed
     from fastprompt.training import evaluate, fit
+    from fastprompt.warming import warmup
 
 __all__ = [
     "CheckpointError",
@@ -35,6 +36,7 @@ __all__ = [
     "hoist",
     "nn",
     "taxonomy",
+    "warmup",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "build": "methods",
     "evaluate": "training",
     "fit": "training",
+    "warmup": "warming",
 }
 
 

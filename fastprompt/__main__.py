@@ -1,4 +1,4 @@
-"""The command line: `fastprompt demo`, `fastprompt methods`, `fastprompt bench`."""
+"""The command line: `fastprompt demo`, `methods`, `bench`, `tune`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="compare output alignments instead, accuracy and cost: all, or some of random first frequent iterative optimal "
         "many-to-one blm blm+ linear",
     )  # fmt: skip
+    tune = commands.add_parser("tune", help="measure launch configurations on this machine's GPU and keep the fastest")
+    tune.add_argument("--family", action="append", help="perturbation, embedding, attention or mapping (default: all)")
+    tune.add_argument("--minutes", type=float, default=8.0, help="start nothing new after this long (default: %(default)s)")
+    tune.add_argument("--out", metavar="FILE", help="default: where fastprompt looks for it")
+    tune.add_argument("--dry", action="store_true", help="on a CPU, in Triton's interpreter: does the command itself work?")
     commands.add_parser("methods", help="list the methods and where they lie in the taxonomy")
     bench = commands.add_parser("bench", help="time fastprompt beside its rivals", add_help=False, prefix_chars="\0")
     bench.add_argument("options", nargs="*")  # benchmarks/__main__.py reads them: nothing looks like an option here
@@ -38,6 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastprompt.benchmarks.__main__ import main as run_benchmarks
 
         return run_benchmarks(options.options, prog="fastprompt bench")
+    if options.command == "tune":
+        if options.dry:
+            os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+        from fastprompt.tune import tune as measure
+
+        try:
+            measure(options.family, dry=options.dry, minutes=options.minutes, path=options.out)
+        except (RuntimeError, ValueError, OSError) as error:
+            print(f"fastprompt tune: {error}", file=sys.stderr)
+            return 1
+        return 0
     from fastprompt.demo.compare import compare
     from fastprompt.demo.run import run
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
@@ -61,6 +64,7 @@ def in_huge_pages(out: torch.Tensor) -> torch.Tensor:
 
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
     """An operator's implementation for CUDA tensors: Triton launches on the current device, so that has to be theirs."""
+    operator = with_a_cache(operator)
 
     @wraps(operator)
     def run(first: torch.Tensor, *rest: Any) -> Any:
@@ -70,3 +74,45 @@ def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
             return operator(first, *rest)
 
     return run
+
+
+def with_a_cache(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton cannot compile where it cannot write: a read-only or full cache folder is replaced by a temporary one, once.
+
+    The operator then runs again. It is out of place, or fails before its one launch.
+    """
+
+    @wraps(operator)
+    def run(*arguments: Any) -> Any:
+        try:
+            return operator(*arguments)
+        except OSError as reason:
+            if not _another_cache(reason):
+                raise
+            return operator(*arguments)
+
+    return run
+
+
+# What a folder answers in which nothing can be written.
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG}
+_temporary: tempfile.TemporaryDirectory[str] | None = None  # removed when Python ends
+
+
+def _another_cache(reason: OSError) -> bool:
+    """Lets Triton compile into a temporary folder; False where that would not help."""
+    global _temporary
+    if reason.errno not in _UNWRITABLE:
+        return False
+    if _temporary is not None:  # set by another thread, or of no use either
+        return not str(reason.filename).startswith(_temporary.name)
+    import triton
+
+    _temporary = tempfile.TemporaryDirectory(prefix="fastprompt-triton-")
+    warnings.warn(
+        f"Triton cannot write to its cache folder {triton.knobs.cache.dir} ({reason}); kernels of this process are compiled into "
+        f"{_temporary.name}. TRITON_CACHE_DIR names a folder that keeps them",
+        stacklevel=2,
+    )
+    triton.knobs.cache.dir = _temporary.name
+    return True

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastprompt.tuning import _measured
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -61,6 +63,19 @@ FEW = 16  # queries, or rows (queries x heads of a key head)
 APART_FROM = 512  # prefix rows from which few queries read a shared prefix once
 
 
+KERNELS = ("forward", "query", "own", "prefix")
+
+
+def launches(arch: str) -> dict[tuple[str, int, int], Tile]:
+    """The tile of (kernel, bytes of an element, padded head width), or what was measured on this machine's GPU."""
+    return _measured.table("attention", arch, _tiles)
+
+
+def _tiles(arch: str) -> dict[tuple[str, int, int], Tile]:
+    tables = HOPPER if arch == "sm_90" else PORTABLE
+    return {(kernel, *key): tile for key, tiles in tables.items() for kernel, tile in zip(KERNELS, tiles, strict=True)}
+
+
 def pick(
     direction: str, *, batch: int, heads: int, kv_heads: int, queries: int, keys: int, prefixes: int, prefix_rows: int,
     stack: int, width: int, dtype: torch.dtype, arch: str, gated: bool,
@@ -72,8 +87,8 @@ def pick(
     """
     rows = queries * heads // kv_heads
     size = 2 if dtype.itemsize == 2 else 4
-    table = HOPPER if arch == "sm_90" else PORTABLE
-    forward, query, own, prefix = table[size, next(w for w in (64, 128, 256) if width <= w or w == 256)]
+    table, padded = launches(arch), next(w for w in (64, 128, 256) if width <= w or w == 256)
+    forward, query, own, prefix = (table[kernel, size, padded] for kernel in KERNELS)
     query = forward if direction == "forward" else query
     if gated or stack > 1:
         query = replace(query, ROWS=min(query.ROWS, 64), COLUMNS=max(16, query.COLUMNS // 4))

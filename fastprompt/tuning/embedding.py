@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastprompt.tuning import _measured
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -33,8 +35,13 @@ CONFIGS: dict[str, Launch] = {
 }
 
 
+def launches(arch: str) -> dict[str, Launch]:
+    """`CONFIGS`, or what was measured on this machine's GPU."""
+    return _measured.table("embedding", arch, lambda arch: CONFIGS)
+
+
 def pick(kernel: str, columns: int, arch: str) -> Launch:
     """The configuration for a kernel over so many columns: few columns, more rows."""
-    best = CONFIGS[kernel]
+    best = launches(arch)[kernel]
     width = min(best.COLUMNS, max(16, 1 << max(columns - 1, 0).bit_length()))
     return Launch(best.ROWS * best.COLUMNS // width, width, best.num_warps, best.programs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastprompt.tuning import _measured
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -34,6 +36,14 @@ class Tile:
     turns: int = 1
 
 
+@dataclass(frozen=True)
+class Elements:
+    """Of a tile of segments, and its warps. `pick_segments` shares them out between samples, classes and entries."""
+
+    ELEMENTS: int
+    num_warps: int
+
+
 # The widest tile of each kernel: what is compiled ahead of time in the tests.
 # Not yet measured on a GPU: chosen from registers and bytes in flight.
 CONFIGS: dict[str, Launch] = {
@@ -43,14 +53,20 @@ CONFIGS: dict[str, Launch] = {
     "count largest": Launch(1, 2048, 4),
 }
 
-ELEMENTS = 1024  # of a tile of segments, for 4 warps
+SEGMENTS: dict[str, Elements] = {"segments forward": Elements(1024, 4), "segments gradient": Elements(1024, 4)}
 ALONE = 32768  # entries of all samples up to which one program does the whole batch, its mean included
 PROGRAMS = 528  # 4 for each multiprocessor of an H200: fewer are made smaller
 
 
+def launches(arch: str) -> dict[str, Launch | Elements]:
+    """`CONFIGS` and `SEGMENTS`, or what was measured on this machine's GPU."""
+    return _measured.table("mapping", arch, lambda arch: {**CONFIGS, **SEGMENTS})
+
+
 def pick(kernel: str, columns: int, arch: str) -> Launch:
     """The configuration for a kernel of `CONFIGS` over so many columns: few columns, more rows."""
-    best = CONFIGS[kernel]
+    best = launches(arch)[kernel]
+    assert isinstance(best, Launch)
     width = min(best.COLUMNS, _power(columns))
     return Launch(best.TILE // width, width, best.num_warps)
 
@@ -64,23 +80,26 @@ def pick_segments(
     tile, which share the reading of the map, unless there would be too few programs to hide what a turn waits for. A tile
     depends on the batch in few steps, so that new batch sizes compile nothing.
     """
+    best = launches(arch)[f"segments {kernel}"]
+    assert isinstance(best, Elements)
+    elements, warps, turns = best.ELEMENTS, best.num_warps, 1
     if kernel == "gradient":
-        columns = min(ELEMENTS, _power(sources))
-        rows = ELEMENTS // columns
+        columns = min(elements, _power(sources))
+        rows = elements // columns
         turns = max(1, min(16, batch // (rows * PROGRAMS)))
-        return Tile(rows, max(1, min(128, _power(classes))), 1, columns, 4, turns)
-    across = min(ELEMENTS if loss else 256, _power(classes))
-    each = min(_power(longest), ELEMENTS // across)
-    rows, warps, turns = max(1, ELEMENTS // (across * each)), 4, 1
+        return Tile(rows, max(1, min(128, _power(classes))), 1, columns, warps, turns)
+    across = min(elements if loss else 256, _power(classes))
+    each = min(_power(longest), elements // across)
+    rows = max(1, elements // (across * each))
     if probabilities:
         rows = min(rows, 8)  # whole rows are read, a wide piece of each at a time
-    elif loss and batch * _power(classes) * _power(longest) <= ALONE:
-        rows, warps = 4 * rows, 16
+    alone = loss and not probabilities and batch * _power(classes) * _power(longest) <= ALONE
+    if alone:
+        rows, warps = 4 * rows, min(16, 4 * warps)
         turns = max(1, -(-batch // rows))
-    if warps == 4:
-        while each > 4 and rows < 8 and batch // (2 * rows) >= PROGRAMS:
-            each, rows = each // 2, rows * 2
-    return Tile(rows, across, each, min(_power(sources), 2 * ELEMENTS // min(rows, 8)), warps, turns)
+    while not alone and each > 4 and rows < 8 and batch // (2 * rows) >= PROGRAMS:
+        each, rows = each // 2, rows * 2
+    return Tile(rows, across, each, min(_power(sources), 2 * elements // min(rows, 8)), warps, turns)
 
 
 def _power(n: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastprompt.tuning import _measured
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -31,14 +33,20 @@ CONFIGS: dict[str, tuple[Launch, ...]] = {
 }
 
 
+def launches(arch: str) -> dict[str, Launch]:
+    """The first configuration of every kernel, or what was measured on this machine's GPU."""
+    return _measured.table("perturbation", arch, lambda arch: {kernel: found[0] for kernel, found in CONFIGS.items()})
+
+
 def pick(kernel: str, batch: int, arch: str, wide: bool = False) -> Launch:
     """The configuration for a kernel ("forward", "prompt_gradient", "cells_gradient", "image_gradient").
 
     wide: the kernel also holds the image's pixels (it resizes or finds clamped positions again); one sample at a time then
-    fits the registers. At most 16 chunks of a batch are summed, so the partial sums stay under 16 prompts' worth of memory.
+    fits the registers. A small batch takes the same launch as a large one, so that a new batch size compiles nothing. At most
+    16 chunks of a batch are summed, so the partial sums stay under 16 prompts' worth of memory.
     """
-    many, *few = CONFIGS[kernel]
-    best = few[0] if few and (batch < 8 or wide) else many
+    few = CONFIGS[kernel][1:]
+    best = few[0] if few and wide else launches(arch)[kernel]
     if kernel in ("prompt_gradient", "cells_gradient"):
         chunk = max(best.chunk, -(-batch // 16))
         return Launch(best.BLOCK, best.SAMPLES, chunk, best.num_warps, best.SUM_BLOCK)

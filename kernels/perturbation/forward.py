@@ -19,7 +19,7 @@ import triton.language as tl
 from .pixel import clamped, coordinates, image_of, image_pixel, mask_value, prompt_offset, prompt_value, within
 
 
-@triton.jit(do_not_specialize=["images"], do_not_specialize_on_alignment=["rows_ptr"])
+@triton.jit(do_not_specialize=["lines", "images"], do_not_specialize_on_alignment=["rows_ptr"])
 def resize_columns_kernel(
     x_ptr, rows_ptr, first_ptr, taps_ptr, out_ptr, lines, images,
     stride_b, stride_c, stride_y, stride_x,
