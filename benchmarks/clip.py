@@ -1,7 +1,7 @@
 """CLIP's text side, forward and backward to the context, on a transformers CLIP of ViT-B/32's text size with random weights.
 
 Rivals: `77 tokens`, the public form, every class padded to the model's 77 positions; `truncated`, the strong one, padded to the
-longest class, with attention causal and without a mask; `loop`, CoCoOp's, an encoder run of 77 tokens a class for each image.
+longest class, with attention causal and without a mask; `loop`, CoCoOp's, the encoder on 77 tokens a class for each image.
 Names have 1 to 5 tokens, with a full stop behind.
 """
 
@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from benchmarks.reprogrammed import Models, _transformers
 from benchmarks.suite import Case, Form, Inputs
@@ -52,11 +51,23 @@ def encode(model: Any, ids: Tensor, context: Tensor, places: int) -> Tensor:
     return model.text_projection(x[torch.arange(len(ids), device=ids.device), ends])
 
 
-def coop(count: int, length: int, dtype: torch.dtype, position: str = "end", per_class: bool = False) -> Case:
+class Features(nn.Module):
+    """The text features of prompts whose own tensors come from outside."""
+
+    def __init__(self, prompts: nn.Module) -> None:
+        super().__init__()
+        self.prompts = prompts
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return self.prompts.features(*given)
+
+
+def coop(count: int, length: int, dtype: torch.dtype, per_class: bool = False) -> Case:
     """CoOp: text features of C classes, and the gradient of a weighted sum of them for the context."""
     models, made = Models(_make, dtype), {}
     ids, shape = names(count), (count, length, WIDTH) if per_class else (length, WIDTH)
-    places = 1 + length + int((ids == EOT).int().argmax(1).max())
+    ends = (ids == EOT).int().argmax(1)
+    places = 1 + length + int(ends.max())
 
     def inputs(generator: torch.Generator, device: torch.device) -> Inputs:
         context = torch.randn(shape, generator=generator, device=device).mul(0.02).to(dtype)
@@ -65,17 +76,69 @@ def coop(count: int, length: int, dtype: torch.dtype, position: str = "end", per
 
     def ours(i: Inputs) -> Tensor:
         if not made:
-            made[0] = ContextPrompts(models(i["context"]), i["ids"], context=length, per_class=per_class)
-        return torch.func.functional_call(made[0], {"context": i["context"]}, (), tie_weights=False)
+            made[0] = Features(ContextPrompts(models(i["context"]), i["ids"], context=length, per_class=per_class))
+        return torch.func.functional_call(made[0], {"prompts.context": i["context"]}, ())
 
-    def plain(i: Inputs, rows: int) -> Tensor:
-        return encode(models(i["context"]), i["ids"], i["context"], rows)
+    def plain(i: Inputs, places: int) -> Tensor:
+        return encode(models(i["context"]), i["ids"], i["context"], places)
 
-    own = int((ids == EOT).int().argmax(1).sum()) + (count * length if per_class else length) + 1
+    rows = int(ends.sum()) + 1 + (count * length if per_class else length)
+    return _case(
+        "CoOp, a context a class" if per_class else "CoOp", f"C={count} M={length}", dtype, inputs, rows,
+        {"fastprompt": ours, "77 tokens": partial(plain, places=77), "truncated": partial(plain, places=places)},
+        partial(plain, places=77), ("context",),
+    )  # fmt: skip
+
+
+def cocoop(batch: int, count: int, length: int, dtype: torch.dtype) -> Case:
+    """CoCoOp: text features of C classes for each of B images; given are the images' features, trained context and shift."""
+    models, made = Models(_make, dtype), {}
+    ids = names(count)
+    ends = (ids == EOT).int().argmax(1)
+    places = 1 + length + int(ends.max())
+
+    def inputs(generator: torch.Generator, device: torch.device) -> Inputs:
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).mul(scale).to(dtype)
+
+        given = {
+            "context": draw(length, WIDTH, scale=0.02).requires_grad_(),
+            "ids": ids.to(device),
+            "g": draw(batch, count, WIDTH),
+        }
+        return given | {"image": draw(batch, WIDTH), "inner": draw(32, WIDTH), "outer": draw(WIDTH, 32, scale=0.02)}
+
+    def ours(i: Inputs) -> Tensor:
+        if not made:
+            made[0] = Features(ConditionalPrompts(models(i["context"]), i["ids"], context=length))
+        own = {"context": i["context"], "shift.0.weight": i["inner"], "shift.2.weight": i["outer"]}
+        own |= {"shift.0.bias": i["inner"].new_zeros(32), "shift.2.bias": i["outer"].new_zeros(WIDTH)}
+        return torch.func.functional_call(made[0], {f"prompts.{name}": t for name, t in own.items()}, (i["image"],))
+
+    def loop(i: Inputs, places: int) -> Tensor:
+        shift = torch.relu(nn.functional.normalize(i["image"], dim=1) @ i["inner"].T) @ i["outer"].T
+        return torch.stack([encode(models(i["context"]), i["ids"], i["context"] + each, places) for each in shift])
+
+    return _case(
+        "CoCoOp", f"B={batch} C={count} M={length}", dtype, inputs, batch * (int(ends.sum()) + 1 + length),
+        {"fastprompt": ours, "loop": partial(loop, places=77), "truncated": partial(loop, places=places)},
+        partial(loop, places=77), ("context",),
+    )  # fmt: skip
+
+
+def _case(
+    name: str, shape: str, dtype: torch.dtype, inputs: Any, rows: int, forms: dict[str, Form], formula: Form, wrt: tuple[str, ...]
+) -> Case:
+    weights = 12 * WIDTH**2 * LAYERS
     return Case(
-        family="clip", name="CoOp, a context a class" if per_class else "CoOp", shape=f"C={count} M={length} d={WIDTH} L={LAYERS}",
-        mode="both", dtype=dtype, inputs=inputs, forms={"fastprompt": ours, "77 tokens": partial(plain, rows=77),
-        "truncated": partial(plain, rows=places)}, formula=partial(plain, rows=77), wrt=("context",),
-        bytes=12 * WIDTH**2 * LAYERS * dtype.itemsize, flops=2 * 2 * own * 12 * WIDTH**2 * LAYERS,
+        family="clip", name=name, shape=f"{shape} d={WIDTH} L={LAYERS}", mode="both", dtype=dtype, inputs=inputs, forms=forms,
+        formula=formula, wrt=wrt, bytes=2 * weights * dtype.itemsize, flops=2 * 2 * rows * weights,
         tolerance=1e-4 if dtype == torch.float32 else 5e-2, best=("truncated",),
     )  # fmt: skip
+
+
+def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """What `python -m benchmarks --family clip` runs."""
+    if device.type == "cuda":
+        return [coop(1000, 16, dtype), coop(100, 16, dtype), coop(100, 16, dtype, per_class=True), cocoop(8, 100, 4, dtype)]
+    return [coop(50, 16, dtype), coop(100, 16, dtype), coop(20, 16, dtype, per_class=True), cocoop(2, 25, 4, dtype)]

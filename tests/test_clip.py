@@ -1,4 +1,4 @@
-"""CLIP's text side against the plain form: every class padded to all positions, by the library's own model, in float64 to 1e-9."""
+"""CLIP's text side against the plain form, all positions of every class by the library's own model, in float64 to 1e-9."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def model_of(eos: int = EOT, layers: tuple[int, int] = (3, 4)) -> transformers.C
     vision = {"hidden_size": VISION, "image_size": 8, "patch_size": 4}
     torch.manual_seed(0)
     config = transformers.CLIPConfig(
-        text_config=both | text | {"num_hidden_layers": layers[0]}, vision_config=both | vision | {"num_hidden_layers": layers[1]},
+        text_config=both | text | {"num_hidden_layers": layers[0]},
+        vision_config=both | vision | {"num_hidden_layers": layers[1]},
         projection_dim=DIM,
-    )  # fmt: skip
+    )
     model = transformers.CLIPModel(config).double().eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
@@ -259,7 +260,7 @@ def test_it_trains_saves_and_loads(tmp_path):
         whole = fastprompt.Reprogrammed(f, outputs=prompts)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         x, y = images(12).float(), torch.arange(12) % 4
-        rows = fastprompt.fit(whole, (x, y), epochs=6, lr=0.05, batch_size=6, progress=False)
+        rows = fastprompt.fit(whole, (x, y), epochs=15, lr=0.05, batch_size=6, progress=False)
         assert kind is ZeroShot or rows[-1]["loss"] < 0.8 * rows[0]["loss"]
         assert not any(part.training for part in model.modules())
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
