@@ -205,7 +205,6 @@ class _Rows(nn.Module):
         lengths = torch.tensor([len(ids) for ids in own])
         starts = F.pad(lengths.cumsum(0), (1, 0))
         step = torch.arange(self.longest)
-        kept = step < lengths[:, None]
         buffers = {
             "prefix": torch.tensor([list(sequences[0][:shared])]),
             "own": torch.tensor([[each for ids in own for each in ids]]),
@@ -214,7 +213,7 @@ class _Rows(nn.Module):
             "starts": starts,
             "ends": starts[1:] - 1,
             "padded": (starts[:-1, None] + torch.minimum(step, lengths[:, None] - 1)).flatten(),
-            "packed": kept.flatten().nonzero()[:, 0],
+            "packed": (step < lengths[:, None]).flatten().nonzero()[:, 0],
         }
         for name, values in buffers.items():
             self.register_buffer(name, values, persistent=False)
@@ -290,9 +289,10 @@ class _Rows(nn.Module):
             return out.transpose(1, 2).reshape(query.shape)
         if last and not self.even:
             options |= {"lengths": self.lengths.repeat(batch), "causal": False}
-        q = block.split(query.reshape(batch * self.count, 1, -1)) if last else self._pad(block, query)
+        q = block.split(query.reshape(batch * self.count, 1, query.shape[2])) if last else self._pad(block, query)
         own = [self._pad(block, t[1]) for t in (keys, values)]
-        out = functional.prefix_attention(q, *own, *prefix, **options).transpose(1, 2).reshape(batch, -1, query.shape[2])
+        out = functional.prefix_attention(q, *own, *prefix, **options).transpose(1, 2)
+        out = out.reshape(batch, self.count * q.shape[2], query.shape[2])
         return out if last or self.even else out.index_select(1, self.packed)
 
     def _pad(self, block: _Block, t: Tensor) -> Tensor:

@@ -256,6 +256,9 @@ def test_it_trains_saves_and_loads(tmp_path):
         options |= {"depth": 2} if kind is CoupledPrompts else {}
         prompts = kind(model, ids_of(NAMES), **options)
         assert set(prompts.state_dict()) == state
+        for each in (prompts.train(), ImageFeatures(model).train()):
+            assert each.training
+            assert not any(part.training for part in model.modules())
         f = ImageFeatures(model, prompts if kind is CoupledPrompts else None)
         whole = fastprompt.Reprogrammed(f, outputs=prompts)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -420,6 +423,7 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match="clip: expected a CLIP whose vision side is a transformer"):
         CoupledPrompts(transformers.CLIPTextModelWithProjection(model.config.text_config), ids, depth=1)
     for prompts in (ContextPrompts(model, ids, context=2), ConditionalPrompts(model, ids)):
+        assert prompts(torch.zeros(0, 16, dtype=torch.float64)).shape == (0, 4)
         for features, message in (
             (torch.zeros(3), r"image_features: expected floating point \[B, d\]"),
             (torch.zeros(3, 16, dtype=torch.int64), "image_features: expected floating point"),
