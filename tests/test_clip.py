@@ -256,8 +256,8 @@ def test_it_trains_saves_and_loads(tmp_path):
         options |= {"depth": 2} if kind is CoupledPrompts else {}
         prompts = kind(model, ids_of(NAMES), **options)
         assert set(prompts.state_dict()) == state
-        for each in (prompts.train(), ImageFeatures(model).train()):
-            assert each.training
+        for each in (prompts, ImageFeatures(model)):
+            assert each.train().training
             assert not any(part.training for part in model.modules())
         f = ImageFeatures(model, prompts if kind is CoupledPrompts else None)
         whole = fastprompt.Reprogrammed(f, outputs=prompts)
