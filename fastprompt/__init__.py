@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastprompt import answers, data, functional, hoist, nn, taxonomy
+    from fastprompt import answers, clip, data, functional, hoist, nn, taxonomy
     from fastprompt.checkpoint import CheckpointError
     from fastprompt.integrations import attach
     from fastprompt.methods import build
@@ -29,6 +29,7 @@ __all__ = [
     "answers",
     "attach",
     "build",
+    "clip",
     "data",
     "evaluate",
     "fit",

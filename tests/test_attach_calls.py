@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastprompt
 from fastprompt import nn as fnn
+from fastprompt.clip import ConditionalPrompts, ContextPrompts, CoupledPrompts, ImageFeatures, ZeroShot
 from fastprompt.hoist import Inexact
 from tests.test_readme import BLOCKS, small
 
@@ -337,3 +338,109 @@ def test_what_the_calls_refuse():
         fastprompt.attach(dropping, deep(), freeze=False)
     fastprompt.attach(dropping, deep()).detach()
     assert dropping.training
+
+
+# ---- The text side of open_clip's CLIP ----
+
+
+@functools.cache
+def clip_of(kind: str, depths: tuple[int, int] = (3, 2), **text) -> nn.Module:
+    made = getattr(Library.load()[2].model, kind)
+    sizes = {"width": WIDTH, "layers": depths[0], "context_length": 14, "vocab_size": 61, "heads": HEADS}
+    vision = {"image_size": 8, "layers": depths[1], "width": 24, "head_width": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    model = made(16, vision, sizes | text, quick_gelu=True, init_logit_bias=-2.0).double().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.25)
+        elif name.endswith(("bias", "gamma")):
+            parameter.data.normal_(std=0.4)
+    return model
+
+
+def put_in(model: nn.Module, ids: Tensor, context: Tensor, run):
+    """What `run` gives while the ids below 0 are the rows of a context [C, M, width]."""
+    side = getattr(model, "text", model)
+    hook = side.token_embedding.register_forward_hook(
+        lambda table, args, out: out.masked_scatter((ids < 0)[..., None], context.to(out.dtype))
+    )
+    try:
+        return run(ids.clamp(min=1))
+    finally:
+        hook.remove()
+
+
+CLIPS = {
+    "CLIP": ("CLIP", {}),
+    "eos": ("CLIP", {"pool_type": "eos", "eos_id": 7, "ls_init_value": 0.5}),
+    "custom text": ("CustomTextCLIP", {"proj_bias": True}),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_clip_prompts_of_open_clip(name):
+    kind, options = CLIPS[name]
+    model, start, stop, end = clip_of(kind, **options), 59, 5, 7 if name == "eos" else 60
+    names = [[11], [12, 13, 14], [12, 15]]
+    rows = [[start, *each, stop, end] for each in names]
+    tokens = torch.tensor([row + [0] * (14 - len(row)) for row in rows])
+    whole = [[start, -1, -1, -1, *each, stop, end] for each in names]
+    ids = torch.tensor([row + [3] * (14 - len(row)) for row in whole])
+    torch.testing.assert_close(ZeroShot(model, tokens).features(), model.encode_text(tokens), rtol=1e-9, atol=1e-9)
+    images = torch.randn(B, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+    prompts = ContextPrompts(model, tokens, context=3)
+    prompts.context.data.normal_()
+    own = prompts.context.expand(3, -1, -1)
+    want = put_in(model, ids, own, model.encode_text)
+    parts = nn.ParameterList([prompts.context])
+    agree(prompts.features(), want, parts)
+    both = put_in(model, ids, own, lambda ids: model.get_logits(images, ids)[0])
+    agree(fastprompt.Reprogrammed(ImageFeatures(model), outputs=prompts)(images), both, parts)
+
+    shifted = ConditionalPrompts(model, tokens, context=3, hidden=2)
+    image = model.encode_image(images, normalize=True)
+    contexts = shifted.context + shifted.shift(image)[:, None]
+    want = torch.stack([put_in(model, ids, each.expand(3, -1, -1), model.encode_text) for each in contexts])
+    agree(shifted.features(image), want, nn.ParameterList([shifted.context, *shifted.shift.parameters()]))
+
+
+@pytest.mark.parametrize(("depth", "depths"), [(1, (3, 3)), (2, (3, 3)), (2, (3, 2))], ids=str)
+def test_coupled_prompts_of_open_clip(depth, depths):
+    model = clip_of("CLIP", depths)
+    tokens = torch.tensor([[59, 11, 5, 60, 0, 0], [59, 12, 13, 5, 60, 0]])
+    ids = torch.tensor([[59, -1, -1, 11, 5, 60, *[0] * 8], [59, -1, -1, 12, 13, 5, 60, *[0] * 7]])
+    images = torch.randn(B, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    prompts = CoupledPrompts(model, tokens, context=2, depth=depth)
+    prompts.prompt.data.normal_()
+
+    def text(place, block, args, kwargs):
+        x = torch.cat([args[0][:, :1], prompts.prompt[place].expand(2, -1, -1), args[0][:, 3:]], 1)
+        return (x, *args[1:]), kwargs
+
+    def vision(place, block, args, kwargs):
+        x = args[0] if place == 0 else args[0][:, :-2]
+        return (torch.cat([x, prompts.maps[place](prompts.prompt[place]).expand(B, -1, -1)], 1), *args[1:]), kwargs
+
+    with contextlib.ExitStack() as hooks:
+        for place in range(depth):
+            for side, change in ((model.transformer, text), (model.visual.transformer, vision)):
+                if place or change is vision:
+                    hook = functools.partial(change, place)
+                    hooks.callback(side.resblocks[place].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        want = put_in(model, ids, prompts.prompt[0].expand(2, -1, -1), lambda ids: model.get_logits(images, ids)[0])
+    got = fastprompt.Reprogrammed(ImageFeatures(model, prompts), outputs=prompts)(images)
+    agree(got, want, nn.ParameterList([prompts.prompt, *prompts.maps.parameters()]))
+
+
+def test_what_the_text_side_of_open_clip_refuses():
+    tokens = torch.tensor([[59, 11, 5, 60]])
+    for options, message in (
+        ({"no_causal_mask": True}, "clip: expected a causal text side without a class token, got CLIP with another"),
+        ({"pool_type": "last"}, "clip.text_pool_type: expected one of argmax, eos, got 'last'"),
+        ({"qk_norm": True}, "clip: expected a CLIP of transformers or open_clip with its usual text blocks, got CLIP"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            ContextPrompts(clip_of("CLIP", **options), tokens, context=2)
+    with pytest.raises(ValueError, match=r"with an end-of-text token \(id 7\)"):
+        ZeroShot(clip_of(*CLIPS["eos"][:1], **CLIPS["eos"][1]), tokens)

@@ -74,6 +74,20 @@ def small(block: str) -> str:
     return block
 
 
+def image_and_text():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+    def tokenizer(texts):  # a word is its length; SOS is 97, EOT 98
+        rows = [[97, *map(len, text.split()), 98] for text in texts]
+        return torch.tensor([row + [0] * (12 - len(row)) for row in rows])
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 99, "max_position_embeddings": 16, "eos_token_id": 98}
+    vision = sizes | {"image_size": 8, "patch_size": 4}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    return {"clip": clip, "tokenizer": tokenizer, "pixels": torch.randn(12, 3, 8, 8), "targets": torch.arange(12) % 3}
+
+
 @pytest.mark.parametrize("place", range(len(BLOCKS)), ids=lambda place: f"{BLOCKS[place][0]}-{place}")
 def test_the_example_runs(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -83,6 +97,8 @@ def test_the_example_runs(place, tmp_path, monkeypatch):
         names |= vision()
     if "(vit, " in block:
         names["vit"] = vit()
+    if "ImageFeatures" in block:
+        names |= image_and_text()
     if "llama" in block:
         names |= language()
         names["labels"] = names["ids"]
