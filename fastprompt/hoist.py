@@ -17,6 +17,7 @@ never an entry of a cache: the same for any cache, for gradient checkpointing an
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -66,7 +67,9 @@ class Reading:
     prefix: Sequence[KeyValue | None] | Tokens
     index: Tensor | None = None
     lengths: Tensor | None = None
-    offset: int | None = None
+    offset: int | Tensor | None = None
+    rescale: float = 1.0
+    padding: Tensor | None = None
 
 
 class Given(NamedTuple):
@@ -79,6 +82,8 @@ class Given(NamedTuple):
     read: list[bool]
     window: int | None = None  # a token sees what is less than that many positions before it
     past: int | Tensor = 0  # tokens between the prefix and the first query
+    rescale: float = 1.0  # of the weights exp(score) of a sample's own keys
+    padding: Tensor | None = None  # [B], how many of the tokens in between are none, for windows that do not count them
 
 
 class _Record(NamedTuple):
@@ -153,9 +158,21 @@ def attend(
         if given is not None:
             options["prefix_k"], options["prefix_v"] = given.keys.to(key.dtype), given.values.to(key.dtype)
             options["prefix_index"], options["prefix_lengths"] = given.which, given.lengths
+        if given is not None and given.rescale != 1:
+            return _attend_rescaled(query, key, value, options, given.rescale, causal=causal, scale=scale, softcap=softcap)
         out: Tensor = functional.prefix_attention(query, key, value, causal=causal, scale=scale, softcap=softcap, **options)
         return out
     return _attend_masked(query, key, value, given, mask, causal, scale, softcap)
+
+
+def _attend_rescaled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], rescale: float, **how: Any) -> Tensor:
+    """One softmax in which the weight exp(score) of each own key is multiplied: own and prefix apart, joined by their sums."""
+    mask = {"key_mask": options.pop("key_mask", None)}
+    own, own_lse = functional.prefix_attention(query, key, value, **mask, **how, return_lse=True)
+    nothing = {**how, "causal": False}
+    theirs, lse = functional.prefix_attention(query, key[:, :, :0], value[:, :, :0], **options, **nothing, return_lse=True)
+    share = torch.sigmoid(own_lse - lse + math.log(rescale))[..., None]
+    return (theirs + share * (own - theirs)).to(own.dtype)  # type: ignore[no-any-return]
 
 
 def _attend_masked(
@@ -163,6 +180,8 @@ def _attend_masked(
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """The general case, by PyTorch's attention on the prefix copied in front of each sample's keys, with a whole mask."""
+    if given is not None and given.rescale != 1:
+        raise Inexact("rescale: expected 1 with a windowed, packed or four-dimensional mask, got " + str(given.rescale))
     if softcap:
         raise Inexact(f"softcap: expected none with a windowed, packed or four-dimensional mask, got {softcap}")
     batch, queries, device = query.shape[0], query.shape[2], query.device
@@ -182,6 +201,7 @@ def _attend_masked(
                 raise Inexact("index: expected one prefix a sample where attention has a window, got several")
             place = torch.arange(there.shape[1], device=device)
             ahead = there.sum(1)[:, None, None] - place + given.past + torch.arange(queries, device=device)[:, None]
+            ahead = ahead if given.padding is None else ahead - given.padding[:, None, None]
             seen = seen & (ahead < given.window)[:, None]
         mask = torch.cat([seen.expand(-1, mask.shape[1], -1, -1), mask], 3)
         key = torch.cat([columns.expand(batch, -1, -1, -1), key], 2)
@@ -420,13 +440,16 @@ class Wiring:
         if any(self.windows):
             _check_packing(kwargs)
         self.given = [
-            None if pair is None else Given(*pair, reading.index, reading.lengths, [], window, past)
+            None
+            if pair is None
+            else Given(*pair, reading.index, reading.lengths, [], window, past, reading.rescale, reading.padding)
             for pair, window in zip(prefix, self.windows, strict=True)
         ]
         if not (isinstance(shift, int) and shift == 0) and _takes_positions(base):
             positions = _positions(base, kwargs)
             if not isinstance(past, Tensor):
-                _check_table(base, _length(prefix), past + positions.shape[1])
+                furthest = prefix.offset if isinstance(prefix, Hoisted) else _length(prefix)
+                _check_table(base, furthest, past + positions.shape[1])
             kwargs["position_ids"] = torch.where(positions < 0, positions, positions + shift)  # below 0 is padding
         return kwargs
 
@@ -443,15 +466,15 @@ class Wiring:
             raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
         return shift
 
-    def shallow(self, prompt: Tensor, model: nn.Module | None = None) -> tuple[Hoisted, Any]:
-        """(`hoist` inside `attention`, with a model the output that it has at the prompt's rows)."""
+    def shallow(self, prompt: Tensor, model: nn.Module | None = None, **inputs: Any) -> tuple[Hoisted, Any]:
+        """(`hoist` inside `attention`, with a model the output that it has at the prompt's rows); inputs are the model's."""
         base, blocks = self.base, self.blocks
         check_exact(base)
         if any(isinstance(part, nn.Conv1d) for block in blocks for part in block.modules()):
             raise Inexact(f"{type(base).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
         seen: list[KeyValue] = []
         self.given = [_Record(seen, True, model is None and block is blocks[-1]) for block in blocks]
-        out, rows, inputs = None, prompt, {}
+        out, rows = None, prompt
         if prompt.dtype == torch.int64:
             inputs["input_ids"] = prompt
         else:
