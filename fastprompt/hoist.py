@@ -181,7 +181,7 @@ def _attend_masked(
 ) -> Tensor:  # fmt: skip
     """The general case, by PyTorch's attention on the prefix copied in front of each sample's keys, with a whole mask."""
     if given is not None and given.rescale != 1:
-        raise Inexact("rescale: expected 1 with a windowed, packed or four-dimensional mask, got " + str(given.rescale))
+        raise Inexact(f"rescale: expected 1 with a windowed, packed or four-dimensional mask, got {given.rescale}")
     if softcap:
         raise Inexact(f"softcap: expected none with a windowed, packed or four-dimensional mask, got {softcap}")
     batch, queries, device = query.shape[0], query.shape[2], query.device
@@ -439,10 +439,9 @@ class Wiring:
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
         if any(self.windows):
             _check_packing(kwargs)
+        given = partial(Given, which=reading.index, lengths=reading.lengths, past=past, rescale=reading.rescale)
         self.given = [
-            None
-            if pair is None
-            else Given(*pair, reading.index, reading.lengths, [], window, past, reading.rescale, reading.padding)
+            None if pair is None else given(*pair, read=[], window=window, padding=reading.padding)
             for pair, window in zip(prefix, self.windows, strict=True)
         ]
         if not (isinstance(shift, int) and shift == 0) and _takes_positions(base):

@@ -533,7 +533,7 @@ class Instructed:
             options["position_ids"] = torch.minimum(place, lengths[:, None] - 1) + torch.tensor(starts)[:, None]
             options["attention_mask"] = (place < lengths[:, None]).long()
         with self._wiring.attention():
-            pairs, _ = self._wiring.shallow(rows, **{name: t.to(device) for name, t in options.items()})
+            pairs: Any = self._wiring.shallow(rows, **{name: t.to(device) for name, t in options.items()})[0]
         return [[(k[i : i + 1, :, :n], v[i : i + 1, :, :n]) for k, v in pairs] for i, n in enumerate(lengths.tolist())]
 
     def _reading(self, contexts: Sequence[Context], found: Mapping[Context, Hoisted]) -> Reading | None:

@@ -19,6 +19,7 @@ from fastprompt.answers import Choice
 from fastprompt.hoist import Inexact, prefixed
 from fastprompt.instruction import ChainOfThought, Demonstrations, Instruction
 from fastprompt.taxonomy import Alignment, Format, Location, Operator, Place
+from tests.test_attach import model_of
 from tests.test_hoist import VOCABULARY, bert, frozen, gpt2, llama
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -108,6 +109,20 @@ def test_generate_says_what_the_joined_ids_say(name, cache):
     assert [ids(text) for text in several[1]] == beams[:, row.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("retrieved", [False, True])
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "Gemma3ForCausalLM", "Qwen3ForCausalLM", "OPTForCausalLM"])
+def test_windows_and_other_positions(name, retrieved):
+    """A window counts tokens, and no padding between context and query."""
+    model, options = model_of(name), {"k": 2, "encoder": encoder} if retrieved else {}
+    made = Demonstrations(EXAMPLES, TEMPLATE, **options).on(model, tokenizer())
+    rows = [[*context, *own] for (context,), own in made.encode(QUERIES)]
+    near(made.logits(QUERIES), plain(model, rows))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1, "num_beams": 2}
+    for row, text in zip(rows, made.generate(QUERIES, **options), strict=True):
+        row = torch.tensor([row])
+        assert model.generate(row, attention_mask=torch.ones_like(row), **options)[0, row.shape[1] :].tolist() == ids(text)
+
+
 def test_a_verbalizer_reads_the_label_words_alone():
     made = ready()
     words = fnn.Verbalizer.from_text({"no": "bad", "yes": ["good", "so"]}, made.tokenizer, num_tokens=VOCABULARY)
@@ -158,7 +173,8 @@ def test_order_and_choice():
     assert labels_of(Demonstrations(EXAMPLES, TEMPLATE))[0] == texts
     assert labels_of(Demonstrations(EXAMPLES, TEMPLATE, k=2))[0] == texts[:2]
     orders = {tuple(labels_of(Demonstrations(EXAMPLES, TEMPLATE, order="random", seed=seed))[0]) for seed in range(20)}
-    assert len(orders) > 5 and all(sorted(each) == sorted(texts) for each in orders)
+    assert len(orders) > 5
+    assert all(sorted(each) == sorted(texts) for each in orders)
     picks = Counter(labels_of(Demonstrations(EXAMPLES, TEMPLATE, k=1, order="random", seed=seed))[0][0] for seed in range(60))
     assert set(picks) == set(texts)
     again = Demonstrations(EXAMPLES, TEMPLATE, order="random", seed=3)
@@ -270,9 +286,8 @@ def test_the_rescaled_softmax(dtype):
     mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
     mask[1, ..., :6] = False
     got = attend(q, own[0], own[1], Given(prefix[0], prefix[1], None, None, [], rescale=3.0), mask, True)
-    keys, values = (
-        torch.cat([p.expand(2, -1, -1, -1), o], 2).double().repeat_interleave(2, 1) for p, o in zip(prefix, own, strict=True)
-    )
+    joined = torch.cat([prefix.expand(2, 2, -1, -1, -1), own], 3).double().repeat_interleave(2, 2)
+    keys, values = joined.unbind(0)
     weights = (q.double() @ keys.transpose(2, 3) / 4).exp()
     weights[..., 9:] *= 3 * (mask & torch.ones(5, 7, dtype=torch.bool).tril(2))
     want = weights @ values / weights.sum(-1, keepdim=True)
@@ -305,7 +320,20 @@ def test_what_is_kept_follows_the_model():
     made.logits(QUERIES)
     assert made.prefix[0][0] is kept
     made.forget()
-    assert made.prefix[0][0] is not kept and torch.equal(made.prefix[0][0], kept)
+    assert made.prefix[0][0] is not kept
+    assert torch.equal(made.prefix[0][0], kept)
+
+
+def test_autocast_has_keys_of_its_own():
+    made = ready()
+    made.model.float()
+    want = plain(made.model, [CONTEXT + asked(query) for query in QUERIES])
+    with torch.autocast("cpu", torch.bfloat16):
+        low = made.logits(QUERIES)
+        rounded = made.prefix[0][1]
+    assert 1e-4 < (made.prefix[0][1] - rounded).abs().max() < 0.1
+    torch.testing.assert_close(low.float(), want, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(made.logits(QUERIES), want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_context_made_in_inference_mode_serves_training():
@@ -378,13 +406,15 @@ def test_chains_of_thought_vote():
     assert script.asked == [{"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 9}]
     script.says = ["The answer is (B)", "C"]
     made.prompt.reader = fastprompt.answers.Answers(Choice("ABC"))
-    assert made.answers(["w2", "w3"]) == ["B", "C"] and script.asked[1] == {}
+    assert made.answers(["w2", "w3"]) == ["B", "C"]
+    assert script.asked[1] == {}
 
 
 def test_zero_shot_asks_to_reason():
     prompt = ChainOfThought()
     assert prompt.query("w2") == "Q: w2\nA: Let's think step by step."
-    assert prompt.contexts(["w2"]) == [("",)] and prompt.ends("a\n\nb") == "a\n\nb"
+    assert prompt.contexts(["w2"]) == [("",)]
+    assert prompt.ends("a\n\nb") == "a\n\nb"
     made = ready(prompt=ChainOfThought(trigger="so"))
     near(made.logits(["w2", "w3 w4"]), plain(made.model, [ids("Q : w2 A : so"), ids("Q : w3 w4 A : so")]))
 
@@ -395,7 +425,8 @@ def test_self_consistency_samples_from_the_model():
     answers = made.answers(["w2", "w3"], samples=4, max_new_tokens=3, pad_token_id=0)
     torch.manual_seed(0)
     texts = made.generate(["w2", "w3"], do_sample=True, num_return_sequences=4, max_new_tokens=3, pad_token_id=0)
-    assert list(map(len, texts)) == [4, 4] and len(set(texts[0])) > 1
+    assert list(map(len, texts)) == [4, 4]
+    assert len(set(texts[0])) > 1
     assert answers == [fastprompt.answers.majority(text.split()[0] for text in each) for each in texts]
 
 
@@ -445,8 +476,8 @@ def test_its_place():
         (lambda: ready(prompt=Instruction("w0")).logits(["w1", ""]), r"queries\[1\]: expected at least one token"),
         (lambda: ready().logits(["w1", {"review": "w0"}]), r"queries\[1\]: .* 'text', got only 'review'"),
         (lambda: ready(prompt=Instruction("w0", "{a} {b}")).logits(["w1"]), r"queries\[0\]: .* fields a, b"),
-        (lambda: ready("gpt2", Instruction("w0 " * 64)), "prompt: .* than the 64 positions of GPT2LMHeadModel, got a context of 64"),
-        (lambda: ready("gpt2", Instruction("w0 " * 60)).logits(["w1", "w1 " * 5]), r"queries\[1\]: .* the 64 positions .* 60 .* 5"),
+        (lambda: ready("gpt2", Instruction("w0 " * 64)), "prompt: .* the 64 positions of GPT2LMHeadModel, got a context of 64"),
+        (lambda: ready("gpt2", Instruction("w0 " * 60)).logits(["w1", "w1 " * 5]), r"queries\[1\]: .* 64 positions .* 60 .* 5"),
         (lambda: ready().answers(["w0"]), "prompt: expected one with a rule"),
         (lambda: ready(prompt=ChainOfThought(THOUGHTS)).answers(["w0"], samples=0), "samples: expected at least 1"),
         (lambda: ready(prompt=Instruction("")).prefix, "prompt: expected a context of at least one token"),
@@ -471,17 +502,8 @@ def test_models_that_a_context_does_not_fit():
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
     with pytest.raises(Inexact, match="cross attention"):
         Instruction("w0").on(t5, tokenizer())
-    config = transformers.MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=6,
-    )  # fmt: skip
-    model = transformers.MistralForCausalLM(config).eval()
     with pytest.raises(Inexact, match="sliding windows"):
-        Demonstrations(EXAMPLES, TEMPLATE, groups=2).on(model, tokenizer())
-    torch.testing.assert_close(
-        Demonstrations(EXAMPLES, TEMPLATE).on(model, tokenizer()).logits(QUERIES),
-        plain(model, [CONTEXT + asked(query) for query in QUERIES]), rtol=1e-4, atol=1e-4,
-    )  # fmt: skip
+        Demonstrations(EXAMPLES, TEMPLATE, groups=2).on(model_of("MistralForCausalLM"), tokenizer())
     long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     long |= {"original_max_position_embeddings": 8}
     with pytest.raises(ValueError, match="fewer tokens than the 8 positions"):
