@@ -22,7 +22,7 @@ from benchmarks import timing
 Inputs = dict[str, Any]
 Form = Callable[[Inputs], Tensor]
 
-FAMILIES = ("perturbation", "embedding", "attention", "mapping", "reprogrammed")
+FAMILIES = ("perturbation", "embedding", "attention", "mapping", "reprogrammed", "instruction")
 
 
 class Skip(Exception):

@@ -297,6 +297,8 @@ class Instructed:
             raise bad("keep", "at least 1", keep)
         self.model: Any = model
         self.tokenizer, self.prompt, self.keep = tokenizer, prompt, keep
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise Inexact(f"model: expected a causal one, got {type(model).__name__}, whose encoder reads in both directions")
         self._wiring = Wiring(model)
         self._kept: OrderedDict[Any, Hoisted] = OrderedDict()
         self._weights: list[tuple[Any, ...]] = []

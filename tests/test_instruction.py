@@ -18,6 +18,7 @@ from fastprompt import nn as fnn
 from fastprompt.answers import Choice
 from fastprompt.hoist import Inexact, prefixed
 from fastprompt.instruction import ChainOfThought, Demonstrations, Instruction
+from fastprompt.methods import table
 from fastprompt.taxonomy import Alignment, Format, Location, Operator, Place
 from tests.test_attach import model_of
 from tests.test_hoist import VOCABULARY, bert, frozen, gpt2, llama
@@ -332,7 +333,7 @@ def test_autocast_has_keys_of_its_own():
         low = made.logits(QUERIES)
         rounded = made.prefix[0][1]
     assert 1e-4 < (made.prefix[0][1] - rounded).abs().max() < 0.1
-    torch.testing.assert_close(low.float(), want, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(low.float(), want, rtol=0.3, atol=0.3)
     torch.testing.assert_close(made.logits(QUERIES), want, rtol=1e-5, atol=1e-5)
 
 
@@ -451,6 +452,7 @@ def test_its_place():
     assert Instruction("w0").taxonomy == Demonstrations(EXAMPLES, TEMPLATE).taxonomy == place
     assert Demonstrations(EXAMPLES, TEMPLATE, groups=2).taxonomy.location is Location.HIDDEN
     assert ChainOfThought(THOUGHTS).taxonomy.alignment is Alignment.STRUCTURAL
+    assert "\nicl         fixed      raw input  concatenative  identity " in table()
 
 
 @pytest.mark.parametrize(
@@ -500,7 +502,7 @@ def test_models_that_a_context_does_not_fit():
         Instruction("w0").on(frozen(bert), tokenizer())
     small = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
-    with pytest.raises(Inexact, match="cross attention"):
+    with pytest.raises(Inexact, match="whose encoder reads in both directions"):
         Instruction("w0").on(t5, tokenizer())
     with pytest.raises(Inexact, match="sliding windows"):
         Demonstrations(EXAMPLES, TEMPLATE, groups=2).on(model_of("MistralForCausalLM"), tokenizer())
