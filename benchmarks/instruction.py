@@ -163,7 +163,7 @@ def instruction(name: str, dtype: torch.dtype, *, groups: int = 1, contexts: int
         return walk(models(i["like"]), i, cache, i["ids"][:, :QUERIES])
 
     forms: dict[str, Form] = {"fastprompt": ours}
-    if groups == 1:
+    if groups == 1 and not steps:
         forms["tokens"] = tokens
     forms["cache"] = cached
     if contexts == 1:

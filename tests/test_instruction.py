@@ -311,6 +311,9 @@ def test_what_is_kept_follows_the_model():
         made.model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
     assert (check() - first).abs().max() > 1e-3
     made.model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.randn(48, 32).double(), requires_grad=False)
+    check()
+    weight = made.model.model.layers[1].self_attn.v_proj.weight
+    weight.data = weight.data.flip(0)  # another storage, the same version
     second = check()
     made.model.half()
     made.model.double()  # the storage may lie where it lay
