@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]  # of the source tree; in a wheel, th
 Inputs = dict[str, Any]
 Form = Callable[[Inputs], Tensor]
 
-FAMILIES = ("perturbation", "embedding", "attention", "mapping", "reprogrammed", "clip", "steps")
+FAMILIES = ("perturbation", "embedding", "attention", "mapping", "reprogrammed", "clip", "instruction", "steps")
 
 
 class Skip(Exception):

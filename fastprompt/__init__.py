@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastprompt import answers, clip, data, functional, hoist, nn, taxonomy
+    from fastprompt import answers, clip, data, functional, hoist, instruction, nn, taxonomy
     from fastprompt.checkpoint import CheckpointError
     from fastprompt.integrations import attach
     from fastprompt.methods import build
@@ -35,6 +35,7 @@ __all__ = [
     "fit",
     "functional",
     "hoist",
+    "instruction",
     "nn",
     "taxonomy",
     "warmup",

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from fastprompt.instruction import ChainOfThought, Demonstrations, Instruction
 from fastprompt.nn import (
     AttributeMap,
     BayesianMap,
@@ -137,6 +138,14 @@ METHODS = {
     )
 }
 
+_TWO = [{"text": 0, "label": 0}] * 2
+# Of text: `on(model, tokenizer)` makes them, not `build`. An example, what it does, where it comes from.
+INSTRUCTIONS: dict[str, tuple[Instruction, str, str]] = {
+    "icl": (Demonstrations(_TWO, "{text}{label}"), "instruction.Demonstrations", "Brown et al. 2020, arXiv 2005.14165"),
+    "structured": (Demonstrations(_TWO, "{text}{label}", groups=2), "groups side by side", "Hao et al. 2022, arXiv 2212.06713"),
+    "cot": (ChainOfThought(), "instruction.ChainOfThought", "Wei et al. 2022, arXiv 2201.11903"),
+}
+
 
 def build(
     name: str, model: nn.Module, *, num_source: int | None = None, num_classes: int | None = None,
@@ -168,8 +177,9 @@ def table() -> str:
     """The methods with their place in the taxonomy, as aligned text."""
     head = ("method", "format", "location", "operator", "alignment", "what it does", "paper")
     rows = [head]
-    for method in METHODS.values():
-        cells = ["-" if part is None else part.value for part in vars(method.place()).values()]
-        rows.append((method.name, *cells, method.summary, method.paper))  # type: ignore[arg-type]
+    found = [(method.name, method.place(), method.summary, method.paper) for method in METHODS.values()]
+    found += [(name, example.taxonomy, summary, paper) for name, (example, summary, paper) in INSTRUCTIONS.items()]
+    for name, place, *more in found:
+        rows.append((name, *("-" if part is None else part.value for part in vars(place).values()), *more))  # type: ignore[arg-type]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -30,7 +30,7 @@ RANK = {
     "ops": 2,
     "functional": 3,
     "nn": 4, "hoist": 4,
-    "reprogram": 5, "integrations": 5, "data": 5, "clip": 5,
+    "reprogram": 5, "integrations": 5, "data": 5, "clip": 5, "instruction": 5,
     "methods": 6,
     "training": 7, "blackbox": 7, "tune": 7, "warming": 7,
     "": 8,

@@ -6,6 +6,7 @@ argument of the attention function, never an entry of a cache: the same for any 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,12 +40,14 @@ class Given:
     cross: nn.Module | None = None  # the block's cross attention,
     to_cross: bool = False  # which alone reads this, or which alone does not
     relative: nn.Module | None = None  # T5's attention with the table of biases by distance
+    rescale: float = 1.0  # of the weights exp(score) of a sample's own keys
+    padding: Tensor | None = None  # [B], how many of the tokens in between are none, for windows that do not count them
 
     def beside(self, key: Tensor) -> Given:
         """On the device, and in the dtype, of a layer's own keys."""
-        index = [None if part is None else part.to(key.device) for part in (self.which, self.lengths)]
+        counts = [None if part is None else part.to(key.device) for part in (self.which, self.lengths, self.padding)]
         keys, values = (part.to(key.device, key.dtype) for part in (self.keys, self.values))
-        return replace(self, keys=keys, values=values, which=index[0], lengths=index[1])
+        return replace(self, keys=keys, values=values, which=counts[0], lengths=counts[1], padding=counts[2])
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,9 @@ def attend(
     near = given is None or given.window is None
     if not near and isinstance(given.past, int):  # type: ignore[union-attr]
         near = width + given.past + queries <= given.window  # type: ignore[union-attr, operator]
-    if packed is not None and not (near and bias is None):
-        raise Inexact("cu_seq_lens_q: expected no packed sequences where attention has a window or a bias, got some")
+    rescale = 1.0 if given is None else given.rescale
+    if packed is not None and not (near and bias is None and rescale == 1):
+        raise Inexact("cu_seq_lens_q: expected no packed sequences where attention has a window, a bias or a rescale, got some")
     if near and bias is None and (mask is None or mask.shape[1:3] == (1, 1) or packed is not None):
         options = {} if packed is None else dict(packed)
         if mask is not None and packed is None:
@@ -135,9 +139,21 @@ def attend(
         if given is not None:
             options["prefix_k"], options["prefix_v"] = given.keys, given.values
             options["prefix_index"], options["prefix_lengths"] = given.which, given.lengths
+        if rescale != 1:
+            return _attend_rescaled(query, key, value, options, rescale, causal=causal, scale=scale, softcap=softcap)
         out: Tensor = functional.prefix_attention(query, key, value, causal=causal, scale=scale, softcap=softcap, **options)
         return out
     return _attend_masked(query, key, value, given, mask, causal, scale, softcap, bias)
+
+
+def _attend_rescaled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], rescale: float, **how: Any) -> Tensor:
+    """One softmax in which the weight exp(score) of each own key is multiplied: own and prefix apart, joined by their sums."""
+    mask = {"key_mask": options.pop("key_mask", None)}
+    own, own_lse = functional.prefix_attention(query, key, value, **mask, **how, return_lse=True)
+    nothing = {**how, "causal": False}
+    theirs, lse = functional.prefix_attention(query, key[:, :, :0], value[:, :, :0], **options, **nothing, return_lse=True)
+    share = torch.sigmoid(own_lse - lse + math.log(rescale))[..., None]
+    return (theirs + share * (own - theirs)).to(own.dtype)  # type: ignore[no-any-return]
 
 
 def _attend_masked(
@@ -145,6 +161,8 @@ def _attend_masked(
     softcap: float | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The general case, by PyTorch's attention on the prefix copied in front of each sample's keys, with a whole mask."""
+    if given is not None and given.rescale != 1:
+        raise Inexact(f"rescale: expected 1 with a windowed, packed or four-dimensional mask, got {given.rescale}")
     if softcap:
         raise Inexact(f"softcap: expected none with a windowed, packed or four-dimensional mask, got {softcap}")
     batch, queries, device = query.shape[0], query.shape[2], query.device
@@ -166,6 +184,8 @@ def _attend_masked(
             place = torch.arange(there.shape[1], device=device)
             ahead = there.sum(1)[:, None, None] - place + given.past + torch.arange(queries, device=device)[:, None]
             if given.window is not None:
+                if given.padding is not None:
+                    ahead = ahead - given.padding[:, None, None]
                 seen = seen & (ahead < given.window)[:, None]
         if bias is not None:
             front = bias.new_zeros(()).expand(1, bias.shape[1], queries, there.shape[1])

@@ -32,7 +32,9 @@ class Reading:
     prefix: Sequence[KeyValue | None] | Tokens
     index: Tensor | None = None
     lengths: Tensor | None = None
-    offset: int | None = None
+    offset: int | Tensor | None = None
+    rescale: float = 1.0
+    padding: Tensor | None = None
 
 
 # ---- The model's parts ----
@@ -292,9 +294,13 @@ class Wiring:
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
         if any(self.windows):
             _check_packing(kwargs)
+        given = partial(
+            Given, which=reading.index, lengths=reading.lengths, past=past, to_cross=self.to_cross, rescale=reading.rescale,
+            padding=reading.padding,
+        )  # fmt: skip
         layers = zip(prefix, self.windows, self.crosses, self.relative, strict=True)
         self.given = [
-            None if pair is None else Given(*pair, reading.index, reading.lengths, [], window, past, cross, self.to_cross, bias)
+            None if pair is None else given(*pair, read=[], window=window, cross=cross, relative=bias)
             for pair, window, cross, bias in layers
         ]
         if isinstance(shift, int) and shift == 0:
@@ -308,7 +314,8 @@ class Wiring:
                     places = torch.arange(positions.shape[1], device=positions.device)
                     shift = shift[torch.bucketize(places, starts[1:].to(places), right=True)].T
             if not isinstance(past, Tensor):
-                _check_table(base, _length(prefix), past + positions.shape[1])
+                furthest = prefix.offset if isinstance(prefix, Hoisted) else _length(prefix)
+                _check_table(base, furthest, past + positions.shape[1])
             if self.table is None:
                 kwargs["position_ids"] = torch.where(positions < 0, positions, positions + shift)  # below 0 is padding
         return kwargs
@@ -331,8 +338,8 @@ class Wiring:
                 raise Inexact(f"{name}: one position for all samples, so no prompts of several lengths and none for some")
         return shift
 
-    def shallow(self, prompt: Tensor, model: nn.Module | None = None) -> tuple[Hoisted, Any]:
-        """(`hoist` inside `attention`, with a model the output that it has at the prompt's rows)."""
+    def shallow(self, prompt: Tensor, model: nn.Module | None = None, **inputs: Any) -> tuple[Hoisted, Any]:
+        """(`hoist` inside `attention`, with a model the output that it has at the prompt's rows); inputs are the model's."""
         base, blocks = self.base, self.blocks
         check_exact(base)
         if any(self.crosses):
@@ -343,7 +350,7 @@ class Wiring:
             raise Inexact(f"{type(base).__name__}: convolutions, by which a prompt reaches its neighbours besides attention")
         seen: list[KeyValue] = []
         self.given = [Record(seen, True, model is None and block is blocks[-1]) for block in blocks]
-        out, rows, inputs = None, prompt, {}
+        out, rows = None, prompt
         if prompt.dtype == torch.int64:
             inputs["input_ids"] = prompt
         else:
