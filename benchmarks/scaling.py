@@ -98,9 +98,9 @@ def sweeps(device: torch.device) -> list[Sweep]:
 
     batches = (64, 256, 1024, 4096) if large else (32, 64, 128, 256)
     lengths = (512, 1024, 2048, 4096, 8192)
-    many = (256, 1024, 4096, 16384) if large else (1024, 2048, 4096, 8192)
+    many = (256, 1024, 4096, 16384) if large else (2048, 4096, 8192, 16384)
     labels = (1000, 4000, 16000, 32000) if large else (2000, 4000, 8000, 16000)
-    rows = 16384 if large else 256
+    rows = 16384 if large else 1024  # so that no cache holds the scores
     return [
         Sweep("padded prompt, forward and backward", "batch", batches, 1, "each pixel written once", perturb),
         Sweep("shared prefix, one query", "batch", batches, 1, "each query once", lambda n: attention(n, 1024)),
