@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from functools import cache, wraps
@@ -38,6 +39,35 @@ def arch(device: torch.device) -> str:
 def checking() -> bool:
     """True when `FASTPROMPT_CHECK=1`: look at values (index ranges) on the GPU too, at the price of a sync."""
     return os.environ.get("FASTPROMPT_CHECK", "0") == "1"
+
+
+_told: set[str] = set()
+
+
+def log_choice(op: str, path: str, why: str, tensors: tuple[torch.Tensor | None, ...], moved: int, flops: int) -> None:
+    """Logs which path a call took and why, once for equal shapes, dtypes and device."""
+    given = [t for t in tensors if t is not None]
+    shown = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in given)
+    line = f"{op}: {path}, because {why}; {shown} on {given[0].device}"
+    if line in _told:
+        return
+    if len(_told) >= 4096:  # somebody whose every batch has another shape
+        _told.clear()
+    _told.add(line)
+    log = logging.getLogger("fastprompt")
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+    if log.getEffectiveLevel() > logging.INFO:
+        log.setLevel(logging.INFO)
+    log.info(line)
+
+
+watch: Callable[[str, str, str, tuple[torch.Tensor | None, ...], int, int], None] | None = None
+"""Told of every call of an operator: (operator, path, why, tensors, bytes that must move, FLOPs). None: nobody is, and a call
+pays one comparison. `FASTPROMPT_LOG=path`, read once, sets `log_choice`; a profile sets its own."""
+
+if os.environ.get("FASTPROMPT_LOG") == "path":
+    watch = log_choice
 
 
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:

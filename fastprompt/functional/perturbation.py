@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastprompt.functional.checks import bad, check_range, one_of, output_dtype, pair, path_of, same_device
+from fastprompt import _runtime
+from fastprompt.functional.checks import bad, check_range, one_of, output_dtype, pair, path_of, same_device, tell
 from fastprompt.ops import perturbation as ops
 from fastprompt.reference import perturbation as reference
 from fastprompt.reference.perturbation import Rect
@@ -144,6 +145,10 @@ def perturb(
         mask = _check_mask(mask, s, channels)
     if cells is not None:
         _check_cells(cells, s, x.shape[0], channels)
+    if _runtime.watch is not None:
+        written = x.shape[0] * channels * math.prod(s.canvas) * s.dtype.itemsize
+        written *= prompt.shape[0] if s.share == "product" and prompt is not None else 1
+        tell("perturb", impl, s.impl, x, prompt, moved=math.prod(x.shape[2:]) * x.shape[0] * x.itemsize + written)
     if s.impl == "torch":
         table = _identity_table(channels, x) if table is None else table
         out = reference.perturb(x, prompt, mask, cells, index, table, *s[:-2])
