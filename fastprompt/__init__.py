@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastprompt.checkpoint import CheckpointError
     from fastprompt.integrations import attach
     from fastprompt.methods import build
+    from fastprompt.profiling import profile
     from fastprompt.reprogram import Reprogrammed
     from fastprompt.training import evaluate, fit
 
@@ -33,6 +34,7 @@ __all__ = [
     "functional",
     "hoist",
     "nn",
+    "profile",
     "taxonomy",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "build": "methods",
     "evaluate": "training",
     "fit": "training",
+    "profile": "profiling",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `fastprompt demo`, `fastprompt methods`."""
+"""The command line: `fastprompt demo`, `fastprompt methods`, `fastprompt profile`, `fastprompt doctor`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "many-to-one blm blm+ linear",
     )  # fmt: skip
     commands.add_parser("methods", help="list the methods and where they lie in the taxonomy")
+    profile = commands.add_parser("profile", help="run a script's first steps: where their time goes, and what to change")
+    for name, what in (("samples", "samples of a step (default: seen)"), ("tokens", "tokens of a step (default: seen)")):
+        profile.add_argument(f"--{name}", type=float, help=what)
+    profile.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
+    profile.add_argument("--warmup", type=int, default=3, help="steps before them (default: %(default)s)")
+    profile.add_argument("--out", help="folder for a Perfetto trace and a report")
+    profile.add_argument("script", help="a training or inference script; it is stopped when its training steps are measured")
+    profile.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    doctor = commands.add_parser("doctor", help="check this installation: versions, devices, every kernel against its reference")
+    doctor.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     options = parser.parse_args(arguments)
     # torch is imported inside the commands: --help answers at once.
     if options.command == "methods":
@@ -31,6 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(table(), flush=True)
         except BrokenPipeError:  # `fastprompt methods | head`: nobody reads on, and Python's last flush must not fail either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if options.command == "doctor":
+        from fastprompt.doctor import examine
+
+        return examine(options.device)
+    if options.command == "profile":
+        if not os.path.isfile(options.script):
+            profile.error(f"script: expected a Python file, got {options.script!r}")
+        from fastprompt.profiling import TooFewSteps, run_script
+
+        measured = ("samples", "tokens", "steps", "warmup", "out")
+        try:
+            run_script(options.script, options.arguments, **{name: getattr(options, name) for name in measured})
+        except TooFewSteps as error:
+            print(f"fastprompt profile: {error}", file=sys.stderr)
+            return 1
         return 0
     from fastprompt.demo.compare import compare
     from fastprompt.demo.run import run

@@ -148,7 +148,8 @@ def perturb(
     if _runtime.watch is not None:
         written = x.shape[0] * channels * math.prod(s.canvas) * s.dtype.itemsize
         written *= prompt.shape[0] if s.share == "product" and prompt is not None else 1
-        tell("perturb", impl, s.impl, x, prompt, moved=math.prod(x.shape[2:]) * x.shape[0] * x.itemsize + written)
+        read = x.nbytes // (1 if x.stride(1) else channels)
+        tell("perturb", impl, s.impl, x, prompt, moved=read + written)
     if s.impl == "torch":
         table = _identity_table(channels, x) if table is None else table
         out = reference.perturb(x, prompt, mask, cells, index, table, *s[:-2])
