@@ -54,6 +54,7 @@ _BACKWARD = {
 _RANGE, _ENGINE = "fastprompt: ", "autograd::engine::evaluate_function: "
 _MARK = "fastprompt boundary"
 _LOSS = re.compile(r"aten::(\w+_loss(_nd)?|binary_cross_entropy\w*)$")
+_COMPILED = ("Torch-Compiled Region", "CompiledFunction")  # which hides its parts: counted as the frozen model
 _LAUNCH = re.compile(r"(cuda|hip|cu)(Module)?(LaunchKernel|GraphLaunch|LaunchCooperativeKernel|Memcpy\w*Async|Memset\w*Async)")
 _SYNC = re.compile(r"(cuda|hip|cu)(StreamSynchronize|DeviceSynchronize|EventSynchronize|CtxSynchronize|Memcpy$)")
 _TRACED = 3  # steps in the trace
@@ -396,8 +397,9 @@ class _Session(AbstractContextManager["_Session"]):
 
     def _watch(self, model: nn.Module, attached: handle.Attached | None) -> None:
         def before(called: nn.Module, args: Any, kwargs: Any) -> None:
-            busy = attached is not None and getattr(attached._path, "busy", False)  # the run that hoists its prompt
-            if busy or self.inside or threading.get_ident() != self.thread or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or self.inside or threading.get_ident() != self.thread:
+                return
+            if attached is not None and getattr(attached._path, "busy", False):  # the run that hoists its prompt
                 return
             self._root(args, kwargs)
             if self.capturing:
@@ -730,6 +732,8 @@ def _label(span: Span, inherited: _Label | None, nodes: dict[tuple[int, int], _L
         node = name.removeprefix(_ENGINE)
         known = nodes.get((span.forward_thread, span.sequence), recent)
         return _BACKWARD.get(node, known[0]), "backward"
+    if inherited is None and name.startswith(_COMPILED):
+        return FROZEN, "forward"
     if _LOSS.match(name) and (inherited is None or inherited == (FROZEN, "forward")):
         return MAPPING, "forward"
     return None
@@ -775,7 +779,10 @@ def _finish(session: _Session) -> None:
     """The result of a session whose steps have all run: written, printed."""
     ranked = sorted(1e3 * each for each in session.seconds)
     p20, p80 = (ranked[int(share * (len(ranked) - 1))] for share in (0.2, 0.8))
-    kind = "training" if session.backward or session.optimizers else "inference"
+    spans = spans_of(session.trace)
+    charged, total, windows, busy = attribute(spans)
+    trains = session.optimizers or session.backward or any(way == "backward" for _, way in charged)
+    kind = "training" if trains else "inference"
     result = Profile(kind, str(session.device), len(ranked), statistics.median(ranked), p20, p80)
     result.samples = session.samples or session.amounts[0] or None
     result.tokens = session.tokens or session.amounts[1] or None
@@ -783,8 +790,6 @@ def _finish(session: _Session) -> None:
     if session.frozen_seconds and not session.no_overhead:
         result.frozen = 1e3 * statistics.median(session.frozen_seconds)
         result.overhead = result.step / result.frozen
-    spans = spans_of(session.trace)
-    charged, total, windows, busy = attribute(spans)
     result.traced = 1e-6 * total / len(windows)
     charged_bytes: dict[_Label, int]
     peak, charged_bytes = memory_of(session.memory.profiler.kineto_results.experimental_event_tree(), session.device.type)
@@ -882,7 +887,7 @@ class Evidence:
     """What the rules of `advise` look at, besides the numbers.
 
     images: (module, shape, dtype, bytes) of floating point images that a prompt on images was given from the host.
-    folds: (head, sources, classes, share of the step's FLOPs that the head's columns nobody reads have).
+    folds: (head, sources, classes, share of the step's FLOPs in columns of the head that nobody reads).
     trainable: elements of the frozen model that ask for a gradient. dtype, amp: of the frozen model.
     in_samples: why a prompt's rows are in every sample. recorded: autograd records what no backward reads.
     waits: which operators wait for the GPU.
@@ -940,8 +945,8 @@ def advise(e: Evidence) -> list[str]:
     data = p.parts.get(DATA, Part()).forward
     if data > 0.2 * p.step:
         said.append(
-            f"The data take {100 * data / p.step:.0f} % of a step ({data:.2f} of {p.step:.2f} ms) before the model is called: "
-            "more loader workers, pinned memory, or data that stay where the model is."
+            f"The data, and what else comes before the model is called, take {100 * data / p.step:.0f} % of a step ({data:.2f} "
+            f"of {p.step:.2f} ms): more loader workers, pinned memory, or data that stay where the model is."
         )
     for name, shape, dtype, size in e.images:
         if size >= 1 << 20:
@@ -953,11 +958,11 @@ def advise(e: Evidence) -> list[str]:
     if gpu and e.dtype == torch.float32 and e.amp is None:
         said.append("The frozen model computes in float32 on a GPU: model.to(torch.bfloat16), or autocast (amp= of fit).")
     for head, sources, classes, unread in e.folds:
-        worth = p.share(MAPPING) + unread
+        worth = p.share(MAPPING) + unread * p.share(FROZEN)
         if worth >= 0.01:
             said.append(
                 f"The labels are mapped behind the head {head!r} by a map that is linear: pass head={head!r} to Reprogrammed, "
-                f"for {classes} columns in place of {sources} (mapping and unread columns: {100 * worth:.0f} % of a step)."
+                f"for {classes} columns in place of {sources} (mapping and unread columns: up to {100 * worth:.0f} % of a step)."
             )
     if e.trainable:
         said.append(
@@ -1027,7 +1032,7 @@ def _op_rows(p: Profile) -> list[tuple[str, ...]]:
     for op in p.operations:
         rate = op.moved / max(op.milliseconds, 1e-9) * 1e3 / max(p.copy, 1)
         path = f"{op.path}, because {op.why}"
-        rows.append((op.name, f"{op.calls:g}", f"{op.milliseconds:.3f}", _bytes(op.moved), f"{100 * rate:.0f} %", path))
+        rows.append((op.name, f"{op.calls:.2g}", f"{op.milliseconds:.3f}", _bytes(op.moved), f"{100 * rate:.0f} %", path))
     return rows
 
 

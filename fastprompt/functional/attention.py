@@ -180,11 +180,11 @@ def _tell(
 ) -> None:  # fmt: skip
     rows = 0 if prefix_k is None else prefix_k.shape[2]
     own = k.shape[2] - (min(q.shape[2], k.shape[2]) - 1) / 2 if s.causal else k.shape[2]
-    form, why = "flash attention of the parts, merged", ""
+    form, why = "flash attention of prefix and keys, merged", ""
     if prefix_k is None:
         form = "flash attention, no prefix"
     elif path == "auto" and ops._joins(q, k, prefix_k, others, s):
-        form = "flash attention on [prefix | keys], copied because that costs less at this size"
+        form, why = "flash attention on [prefix | keys]", "copying the prefix costs less than merging at this size"
     if path == "auto" and s.softcap and q.is_cpu:
         path, why = "torch", "PyTorch's flash attention on a CPU has no soft cap"
     moved = 2 * q.nbytes + 2 * k.nbytes + (0 if prefix_k is None else 2 * prefix_k.nbytes)
