@@ -94,7 +94,8 @@ class Profile:
         kind: "training" or "inference". device: of the frozen model.
         steps: timed steps. samples, tokens: of a step; None where nobody said and none could be seen.
         step, p20, p80: milliseconds of a step without the profiler. frozen: of the bare frozen model on the same inputs.
-        overhead: step / frozen; None, with the reason in `no_overhead`, where the frozen model is not known.
+        overhead: step / frozen; None, with the reason in `no_overhead`, where the frozen model is not known. spread: p20 and
+            p80 of that ratio over the pairs of timings that were taken one after the other.
         parts: by name, in milliseconds of `step`: shares of the traced steps times `step`, so they sum to it.
         traced: milliseconds of a step under the profiler.
         operators: PyTorch operators of a step called from outside one. launches, syncs: of a GPU.
@@ -115,6 +116,7 @@ class Profile:
     tokens: float | None = None
     frozen: float | None = None
     overhead: float | None = None
+    spread: tuple[float, float] | None = None
     no_overhead: str = ""
     parts: dict[str, Part] = field(default_factory=dict)
     traced: float = 0.0
@@ -790,6 +792,8 @@ def _finish(session: _Session) -> None:
     if session.frozen_seconds and not session.no_overhead:
         result.frozen = 1e3 * statistics.median(session.frozen_seconds)
         result.overhead = result.step / result.frozen
+        ratios = sorted(a / b for a, b in zip(session.seconds, session.frozen_seconds, strict=True))
+        result.spread = ratios[int(0.2 * (len(ratios) - 1))], ratios[int(0.8 * (len(ratios) - 1))]
     result.traced = 1e-6 * total / len(windows)
     charged_bytes: dict[_Label, int]
     peak, charged_bytes = memory_of(session.memory.profiler.kineto_results.experimental_event_tree(), session.device.type)
@@ -1008,9 +1012,12 @@ def _head_lines(p: Profile) -> list[str]:
     ]
     of = f" of {p.samples:g} samples" if p.samples else ""
     lines.append(f"step    {p.step:9.3f} ms{of} (p20 {p.p20:.3f}, p80 {p.p80:.3f})  {'  '.join(rates)}".rstrip())
-    if p.frozen is not None:
+    if p.frozen is not None and p.spread is not None:
         way = "forward and backward" if p.kind == "training" else "forward"
-        lines.append(f"frozen  {p.frozen:9.3f} ms, {way} alone on the same inputs, in turns; overhead {p.overhead:.3f}x")
+        spread = "p20 {:.3f}, p80 {:.3f}".format(*p.spread)
+        lines.append(
+            f"frozen  {p.frozen:9.3f} ms, {way} alone on the same inputs, in turns; overhead {p.overhead:.3f}x ({spread})"
+        )
     else:
         lines.append(f"frozen  not timed: {p.no_overhead}")
     return lines
@@ -1019,6 +1026,8 @@ def _head_lines(p: Profile) -> list[str]:
 def _part_rows(p: Profile) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("part", "forward ms", "backward ms", "of a step", "at the peak")]
     for name, part in p.parts.items():
+        if part == Part():
+            continue
         both = f"{part.backward:.3f}" if part.backward else ""
         rows.append(
             (name, f"{part.forward:.3f}", both, f"{100 * p.share(name):.1f} %", _bytes(part.memory) if part.memory >= 100 else "")
@@ -1093,16 +1102,16 @@ def _report(p: Profile, folder: Path, trace: Any) -> None:
 def _draw(p: Profile, folder: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    time_axes, memory_axes = figure.subplots(1, 2, width_ratios=(3, 2))
-    names = list(p.parts)[::-1]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    time_axes, memory_axes = figure.subplots(2, 1)
+    names = [name for name, part in p.parts.items() if part != Part()][::-1]
     forward, backward = ([getattr(p.parts[name], way) for name in names] for way in ("forward", "backward"))
     time_axes.barh(names, forward, label="forward")
     time_axes.barh(names, backward, left=forward, label="backward")
     time_axes.set(xlabel="ms of a step", title=f"{p.step:.2f} ms a step")
     time_axes.legend()
     made = {f"{name}, in the step": part.memory for name, part in p.parts.items()}
-    sizes = {name: size / 1e6 for name, size in (p.held | made).items() if size}
+    sizes = {name: size / 1e6 for name, size in (p.held | made).items() if 100 * size > p.peak}
     memory_axes.barh(list(sizes)[::-1], list(sizes.values())[::-1], color="tab:gray")
     memory_axes.set(xlabel="MB at the peak", title=f"{_bytes(p.peak)} at the peak")
     figure.savefig(folder / "step.png", dpi=120)

@@ -112,6 +112,7 @@ def test_the_numbers_of_a_step(capsys):
     assert result.p20 <= result.step <= result.p80
     assert result.samples_per_second == pytest.approx(8e3 / result.step)
     assert result.overhead == pytest.approx(result.step / result.frozen)
+    assert result.spread[0] <= result.spread[1]
     assert sum(part.forward + part.backward for part in result.parts.values()) == pytest.approx(result.step, rel=1e-6)
     for name in ("perturbation", "frozen model", "mapping and loss"):
         assert result.parts[name].forward > 0, name
