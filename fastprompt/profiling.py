@@ -405,7 +405,7 @@ class _Session(AbstractContextManager["_Session"]):
                 return
             self._root(args, kwargs)
             if self.capturing:
-                self._keep(_Call(called, args, kwargs, *_mode(next(model.parameters())), attached=attached))
+                self._keep(_Call(called, args, kwargs, *_mode(next(model.parameters(), torch.empty(0))), attached=attached))
 
         def after(called: nn.Module, args: Any, out: Any) -> None:
             self._see_backward(out)
@@ -509,7 +509,9 @@ class _Session(AbstractContextManager["_Session"]):
     def _find_device(self) -> torch.device:
         tensors = [t for call in self.calls for t in call.model.parameters()]
         tensors += [t for optimizer in self.optimizers for group in optimizer.param_groups for t in group["params"]]
-        return tensors[0].device if tensors else torch.device("cpu")
+        if tensors:
+            return tensors[0].device
+        return torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -267,6 +267,9 @@ def test_a_frozen_model_that_only_the_user_knows():
 # ---- Attribution, exactly ----
 
 
+BASE = Profile("training", "cpu", 3, 10.0, 9.0, 11.0, samples=8, parts={n: Part() for n in profiling.PARTS}, flops=1e9)
+
+
 def marks(*times):
     return [Span(profiling._MARK, at, at) for at in times]
 
@@ -329,6 +332,28 @@ def test_kernels_of_a_gpu_belong_to_what_launched_them():
     assert sum(found.values()) == total
 
 
+def test_streams_at_a_time_share_it_and_calls_of_the_driver_are_counted():
+    gpu = {"on_gpu": True, "thread": 9}
+    driver = ["cudaLaunchKernel", "cuLaunchKernelEx", "cudaMemcpyAsync", "cudaStreamSynchronize", "cudaDeviceSynchronize"]
+    spans = [
+        *marks(0, 100),
+        Span("fastprompt: perturbation", 0, 4),
+        Span("aten::add", 1, 3, id=1),
+        Span("aten::fill_", 1, 2, id=4),
+        Span("fastprompt: frozen model", 4, 8),
+        Span("aten::mm", 5, 7, id=2),
+        Span("k1", 10, 50, link=1, **gpu),
+        Span("k2", 10, 50, link=2, **gpu),
+        *[Span(name, 8 + n, 9 + n, link=2) for n, name in enumerate(driver)],
+    ]
+    found, _, windows, busy = attribute(spans)
+    assert busy == 40
+    assert found["perturbation", "forward"] == found["frozen model", "forward"] == 20
+    counted = replace(BASE)
+    profiling._count(counted, spans, windows, busy)
+    assert (counted.operators, counted.launches, counted.syncs, counted.busy) == (2, 3, 1, 0.4)  # one wait is the profile's own
+
+
 def allocation(at, pointer, size, device="cpu"):
     fields = SimpleNamespace(ptr=pointer, alloc_size=size, device=device)
     return SimpleNamespace(name="[memory]", tag="Allocation", start_time_ns=at, extra_fields=fields, children=[])
@@ -351,7 +376,6 @@ def test_what_memory_holds_at_the_peak():
 
 # ---- What to change ----
 
-BASE = Profile("training", "cpu", 3, 10.0, 9.0, 11.0, samples=8, parts={n: Part() for n in profiling.PARTS}, flops=1e9)
 GPU = replace(BASE, device="cuda:0", busy=0.9, syncs=0.0, launches=100.0)
 FLOAT = ("PaddedPrompt", (256, 3, 224, 224), torch.float32, 256 * 3 * 224 * 224 * 4)
 
