@@ -494,8 +494,9 @@ class _Session(AbstractContextManager["_Session"]):
                         yield
                         self._mark()
                     self.ranges.tracing = False
+                whole = allowed or not self.extra
                 yield  # what is open now has to close before the next profiler starts, which would write to this one's memory
-                if allowed or not self.extra:
+                if whole:
                     break
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
