@@ -55,7 +55,7 @@ def encode(model: Any, ids: Tensor, context: Tensor, places: int) -> Tensor:
 class Features(nn.Module):
     """The text features of prompts whose own tensors come from outside."""
 
-    def __init__(self, prompts: nn.Module) -> None:
+    def __init__(self, prompts: Any) -> None:
         super().__init__()
         self.prompts = prompts
 
@@ -65,7 +65,8 @@ class Features(nn.Module):
 
 def coop(count: int, length: int, dtype: torch.dtype, per_class: bool = False) -> Case:
     """CoOp: text features of C classes, and the gradient of a weighted sum of them for the context."""
-    models, made = Models(_make, dtype), {}
+    models = Models(_make, dtype)
+    made: dict[Any, Any] = {}
     ids, shape = names(count), (count, length, WIDTH) if per_class else (length, WIDTH)
     ends = (ids == EOT).int().argmax(1)
     places = 1 + length + int(ends.max())
@@ -93,7 +94,8 @@ def coop(count: int, length: int, dtype: torch.dtype, per_class: bool = False) -
 
 def cocoop(batch: int, count: int, length: int, dtype: torch.dtype) -> Case:
     """CoCoOp: text features of C classes for each of B images; given are the images' features, trained context and shift."""
-    models, made = Models(_make, dtype), {}
+    models = Models(_make, dtype)
+    made: dict[Any, Any] = {}
     ids = names(count)
     ends = (ids == EOT).int().argmax(1)
     places = 1 + length + int(ends.max())

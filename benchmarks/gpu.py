@@ -806,7 +806,9 @@ def run_part(part: str, dry: bool, minutes: float, folder: Path, only: str = "")
     command = [sys.executable, "-m", f"{__package__}.gpu", "--work", part, "--out", str(held), "--only", only]
     command += ["--seconds", str(seconds - min(30, 0.1 * seconds)), *["--dry"] * dry]
     done = _process(command, {}, seconds - min(5, 0.02 * seconds), log)
-    known = json.loads(held.read_text()) if held.exists() else {"part": part, "dry": dry, "failed": {}, "not_run": {}}
+    known: dict[str, Any] = (
+        json.loads(held.read_text()) if held.exists() else {"part": part, "dry": dry, "failed": {}, "not_run": {}}
+    )
     if done.returncode not in (0, 1, 124) or not held.exists():
         known["failed"]["the part itself"] = f"exit code {done.returncode}: {done.stdout[-800:]}"
     known["exit_code"] = done.returncode

@@ -124,7 +124,8 @@ def padded(
     mode: str, device: torch.device, probes: int = 1,
 ) -> Case:  # fmt: skip
     """ILM-VP and BLM: a padded prompt, a counted map. probes: several prompts on one batch, forward only (black-box search)."""
-    models, made = Models(make, dtype), {}
+    models = Models(make, dtype)
+    made: dict[Any, Any] = {}
     low, high = (canvas - size + 1) // 2, (canvas - size) // 2
 
     def labels(device: torch.device) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastprompt.checkpoint import CheckpointError
     from fastprompt.integrations import attach
     from fastprompt.methods import build
+    from fastprompt.profiling import profile
     from fastprompt.reprogram import Reprogrammed
     from fastprompt.training import evaluate, fit
     from fastprompt.warming import warmup
@@ -37,6 +38,7 @@ __all__ = [
     "hoist",
     "instruction",
     "nn",
+    "profile",
     "taxonomy",
     "warmup",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     "build": "methods",
     "evaluate": "training",
     "fit": "training",
+    "profile": "profiling",
     "warmup": "warming",
 }
 

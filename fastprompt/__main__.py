@@ -1,4 +1,4 @@
-"""The command line: `fastprompt demo`, `methods`, `bench`, `tune`."""
+"""The command line: `fastprompt demo`, `methods`, `bench`, `profile`, `tune`, `doctor`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tune.add_argument("--out", metavar="FILE", help="default: where fastprompt looks for it")
     tune.add_argument("--dry", action="store_true", help="on a CPU, in Triton's interpreter: does the command itself work?")
     commands.add_parser("methods", help="list the methods and where they lie in the taxonomy")
+    profile = commands.add_parser("profile", help="run a script's first steps: where their time goes, and what to change")
+    for name, what in (("samples", "samples of a step (default: seen)"), ("tokens", "tokens of a step (default: seen)")):
+        profile.add_argument(f"--{name}", type=float, help=what)
+    profile.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
+    profile.add_argument("--warmup", type=int, default=3, help="steps before them (default: %(default)s)")
+    profile.add_argument("--out", help="folder for a Perfetto trace and a report")
+    profile.add_argument("script", help="a training or inference script; it is stopped when its training steps are measured")
+    profile.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    doctor = commands.add_parser("doctor", help="check this installation: versions, devices, every kernel against its reference")
+    doctor.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     bench = commands.add_parser("bench", help="time fastprompt beside its rivals", add_help=False, prefix_chars="\0")
     bench.add_argument("options", nargs="*")  # benchmarks/__main__.py reads them: nothing looks like an option here
     options = parser.parse_args(arguments)
@@ -52,6 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(options.family, dry=options.dry, minutes=options.minutes, path=options.out)
         except (RuntimeError, ValueError, OSError) as error:
             print(f"fastprompt tune: {error}", file=sys.stderr)
+            return 1
+        return 0
+    if options.command == "doctor":
+        from fastprompt.doctor import examine
+
+        return examine(options.device)
+    if options.command == "profile":
+        if not os.path.isfile(options.script):
+            profile.error(f"script: expected a Python file, got {options.script!r}")
+        from fastprompt.profiling import TooFewSteps, run_script
+
+        measured = ("samples", "tokens", "steps", "warmup", "out")
+        try:
+            run_script(options.script, options.arguments, **{name: getattr(options, name) for name in measured})
+        except TooFewSteps as error:
+            print(f"fastprompt profile: {error}", file=sys.stderr)
             return 1
         return 0
     from fastprompt.demo.compare import compare

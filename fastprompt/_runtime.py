@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -60,6 +61,35 @@ def in_huge_pages(out: torch.Tensor) -> torch.Tensor:
         start, end = -(-out.data_ptr() // 4096) * 4096, (out.data_ptr() + out.nbytes) // 4096 * 4096
         advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)  # MADV_HUGEPAGE
     return out
+
+
+_told: set[str] = set()
+
+
+def log_choice(op: str, path: str, why: str, tensors: tuple[torch.Tensor | None, ...], moved: int, flops: int) -> None:
+    """Logs which path a call took and why, once for equal shapes, dtypes and device."""
+    given = [t for t in tensors if t is not None]
+    shown = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in given)
+    line = f"{op}: {path}, because {why}; {shown} on {given[0].device}"
+    if line in _told:
+        return
+    if len(_told) >= 4096:  # somebody whose every batch has another shape
+        _told.clear()
+    _told.add(line)
+    log = logging.getLogger("fastprompt")
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+    if log.getEffectiveLevel() > logging.INFO:
+        log.setLevel(logging.INFO)
+    log.info(line)
+
+
+watch: Callable[[str, str, str, tuple[torch.Tensor | None, ...], int, int], None] | None = None
+"""Told of every call of an operator: (operator, path, why, tensors, bytes that must move, FLOPs). None: nobody is, and a call
+pays one comparison. `FASTPROMPT_LOG=path`, read once, sets `log_choice`; a profile sets its own."""
+
+if os.environ.get("FASTPROMPT_LOG") == "path":
+    watch = log_choice
 
 
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,9 +32,9 @@ RANK = {
     "nn": 4, "hoist": 4,
     "reprogram": 5, "integrations": 5, "data": 5, "clip": 5, "instruction": 5,
     "methods": 6,
-    "training": 7, "blackbox": 7, "tune": 7, "warming": 7,
+    "training": 7, "blackbox": 7, "tune": 7, "warming": 7, "profiling": 7,
     "": 8,
-    "demo": 9, "benchmarks": 9,
+    "demo": 9, "benchmarks": 9, "doctor": 9,
     "__main__": 10,
 }  # fmt: skip
 

@@ -37,7 +37,7 @@ def vision():
     images, targets = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % 10
     return {
         "my_imagenet_model": Classifier, "resnet": Classifier(), "prompt": prompt, "images": images, "images_uint8": images,
-        "targets": targets,
+        "targets": targets, "model": fastprompt.Reprogrammed(Classifier(), prompt, fastprompt.nn.LabelMap(1000, 10)),
     }  # fmt: skip
 
 

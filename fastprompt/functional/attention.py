@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.functional.checks import bad, check_range, looks_at_values, one_of, path_of
+from fastprompt import _runtime
+from fastprompt.functional.checks import bad, check_range, looks_at_values, one_of, path_of, tell
 from fastprompt.ops import attention as ops
 from fastprompt.reference import attention as reference
 
@@ -130,15 +131,16 @@ def prefix_attention(
     )  # fmt: skip
     own = (lengths, key_mask, starts_q, starts_k)
     if not separate:
-        out, lse = _attend(q, k, v, prefix_k, prefix_v, index, prefix_lengths, *own, gate, s, path, return_lse)
+        out, lse = _attend(q, k, v, prefix_k, prefix_v, index, prefix_lengths, *own, gate, s, path, impl, return_lse)
         return (out, lse) if return_lse else out
     assert gate is not None
-    out, _ = _attend(q, k, v, None, None, None, None, *own, None, s, path)
+    out, _ = _attend(q, k, v, None, None, None, None, *own, None, s, path, impl)
     alone = s._replace(max_k=0, window=0, causal=False)
     nothing = None if starts_k is None else torch.zeros_like(starts_k)
     theirs, _ = _attend(
-        q, k[:, :, :0], v[:, :, :0], prefix_k, prefix_v, index, prefix_lengths, None, None, starts_q, nothing, None, alone, path
-    )
+        q, k[:, :, :0], v[:, :, :0], prefix_k, prefix_v, index, prefix_lengths, None, None, starts_q, nothing, None, alone,
+        path, impl,
+    )  # fmt: skip
     if starts_q is None:
         factor = gate[:, :, None, None]
     else:  # one row a token: that of its sequence
@@ -150,9 +152,11 @@ def prefix_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, index: Tensor | None,
     prefix_lengths: Tensor | None, lengths: Tensor | None, key_mask: Tensor | None, starts_q: Tensor | None,
-    starts_k: Tensor | None, gate: Tensor | None, s: ops.Settings, path: str, through_lse: bool = False,
+    starts_k: Tensor | None, gate: Tensor | None, s: ops.Settings, path: str, impl: str, through_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One softmax, on the chosen path; PyTorch's flash attention on a CPU has no soft cap."""
+    if _runtime.watch is not None:
+        _tell(q, k, prefix_k, (index, prefix_lengths, lengths, key_mask, starts_q, gate), s, path, impl)
     if path == "triton" or (path == "auto" and not (s.softcap and q.device.type == "cpu")):
         return ops.PrefixAttention.apply(
             q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, s, through_lse
@@ -169,6 +173,23 @@ def _attend(
             results.append(reference.prefix_attention(*own, pk, pv, chosen, size, None, None, factor, *how))
         outs, logs = zip(*results, strict=True)
         return torch.cat(outs, 2), torch.cat(logs, 2)
+
+
+def _tell(
+    q: Tensor, k: Tensor, prefix_k: Tensor | None, others: tuple[Tensor | None, ...], s: ops.Settings, path: str, impl: str
+) -> None:  # fmt: skip
+    rows = 0 if prefix_k is None else prefix_k.shape[2]
+    own = k.shape[2] - (min(q.shape[2], k.shape[2]) - 1) / 2 if s.causal else k.shape[2]
+    form, why = "flash attention of prefix and keys, merged", ""
+    if prefix_k is None:
+        form = "flash attention, no prefix"
+    elif path == "auto" and ops._joins(q, k, prefix_k, others, s):
+        form, why = "flash attention on [prefix | keys]", "copying the prefix costs less than merging at this size"
+    if path == "auto" and s.softcap and q.is_cpu:
+        path, why = "torch", "PyTorch's flash attention on a CPU has no soft cap"
+    moved = 2 * q.nbytes + 2 * k.nbytes + (0 if prefix_k is None else 2 * prefix_k.nbytes)
+    flops = 4 * q.numel() * (own + rows)
+    tell("prefix_attention", impl, path, q, k, prefix_k, how=form, why=why, moved=moved, flops=int(flops))
 
 
 def _check_heads(

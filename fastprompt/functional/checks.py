@@ -37,6 +37,33 @@ def path_of(impl: str, x: Tensor) -> str:
     return "auto" if impl == "auto" and fused and x.dtype != torch.float64 else "torch"
 
 
+_GIVEN_UP = "plain PyTorch (the reference)"
+
+
+def tell(
+    op: str, impl: str, path: str, *tensors: Tensor | None, how: str = "", why: str = "", moved: int = 0, flops: int = 0
+) -> None:  # fmt: skip
+    """Tells `_runtime.watch`, which has to be set, what a call does. how: the form on a CPU; why: where the path does not say it.
+
+    moved: the bytes of what is read and written once; flops: where products count.
+    """
+    if _runtime.watch is None or torch.compiler.is_compiling():
+        return
+    x = next(t for t in tensors if t is not None)
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    if path == "torch":
+        name = _GIVEN_UP
+        reason = 'impl="torch" asks for it' if impl == "torch" else "float64 has no other" if wide else ""
+        reason = reason or ("Triton is not installed" if x.is_cuda else f"{x.device.type} tensors have no other")
+    elif x.is_cpu and path == "triton":
+        name, reason = "Triton's interpreter", 'impl="triton" asks for the kernels, on tensors of a CPU'
+    elif x.is_cpu:
+        name, reason = f"PyTorch on the CPU, {how or 'analytic'}", "the tensors are on a CPU"
+    else:
+        name, reason = f"Triton kernels ({_runtime.arch(x.device)})", "the tensors are on a GPU and Triton is there"
+    _runtime.watch(op, name, why or reason, tensors, moved, flops)
+
+
 def output_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
     """Autocast decides when it is on; otherwise a float input keeps its dtype."""
     if dtype is not None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastprompt.functional.checks import bad, check_labels, check_range, looks_at_values, one_of, path_of, same_device
+from fastprompt import _runtime
+from fastprompt.functional.checks import bad, check_labels, check_range, looks_at_values, one_of, path_of, same_device, tell
 from fastprompt.ops import embedding as ops
 from fastprompt.reference import embedding as reference
 from fastprompt.reference.embedding import PADDING
@@ -78,6 +79,11 @@ def soft_gather(
         check_range("soft_lengths", soft_lengths, s.slots + 1)
     given = ids, vocab_weight, soft, prompt_index, soft_lengths, positions, factor, s.dtype, s.path == "triton"
     run = ops.run_of(ids, prompt_index, s.slots) if s.on_cpu and soft_lengths is None and not compiling else None
+    if _runtime.watch is not None:
+        form = "gather" if run is None or not s.moves else ops.way(run, ids, s.width)
+        path = "torch" if s.dtype == torch.float64 else s.path
+        moved = ids.nbytes + ids.numel() * s.width * (vocab_weight.itemsize + s.dtype.itemsize)
+        tell("soft_gather", impl, path, vocab_weight, soft_weight, ids, how=form, moved=moved)
     if run is not None:
         way = ops.way(run, ids, s.width) if s.moves else "gather"
         try:

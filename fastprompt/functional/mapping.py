@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastprompt.functional.checks import bad, check_labels, check_range, looks_at_values, one_of, path_of, same_device
+from fastprompt import _runtime
+from fastprompt.functional.checks import bad, check_labels, check_range, looks_at_values, one_of, path_of, same_device, tell
 from fastprompt.ops import mapping as ops
 from fastprompt.reference import mapping as reference
 from fastprompt.reference.mapping import COUNT_UNIT, Labels, Segments
@@ -177,12 +178,16 @@ def map_labels(
     if map_id is prior is None and impl == "auto":
         try:
             if (out := ops.quick(scores, labels, reduce, of, k)) is not None:
+                if _runtime.watch is not None:
+                    _tell("map_labels", impl, "cpu", scores, labels)
                 return out
         except _REFUSED:
             pass  # what follows says why
     if map_id is prior is None and type(labels) is Tensor and of == "logits" and labels.dtype == torch.int64:
         return _gather(scores, labels, reduce, k, impl)
     reduce, path = _check_map(scores, labels, reduce, map_id, of, k, prior, impl)
+    if _runtime.watch is not None:
+        _tell("map_labels", impl, path, scores, labels, reduce)
     if path == "cpu":
         try:
             out = ops.map_cpu(scores, labels, reduce, map_id, of, k, prior)
@@ -202,6 +207,8 @@ def _gather(logits: Tensor, index: Tensor, reduce: str | None, k: int | None, im
     check_labels("labels", index, None)
     same_device(logits, labels=index)
     path = path_of(impl, logits)
+    if _runtime.watch is not None:
+        _tell("map_labels", impl, path, logits, index)
     if path == "auto" and logits.device.type == "cpu":
         try:
             return logits.index_select(1, index)  # the best there is on a CPU, backward too
@@ -248,10 +255,14 @@ def mapped_cross_entropy(
     if fast and reduction in ops.REDUCTIONS:
         try:
             if target.dtype is torch.int64 and (out := ops.quick(scores, labels, reduce, of, k, True)) is not None:
+                if _runtime.watch is not None:
+                    _tell("mapped_cross_entropy", impl, "cpu", scores, labels)
                 return ops.cross_entropy(out, target, None, ops.REDUCTIONS[reduction], ignore_index, label_smoothing)
         except _REFUSED:
             pass  # what follows says why
     reduce, path = _check_map(scores, labels, reduce, map_id, of, k, prior, impl)
+    if _runtime.watch is not None:
+        _tell("mapped_cross_entropy", impl, path, scores, labels, reduce)
     renormalize = renormalize or of == "logits"
     _check_loss(scores, _classes(scores, labels), target, weight, label_smoothing, focal, reduction)
     if path == "cpu":
@@ -511,6 +522,8 @@ def count_labels_(counts: Tensor, logits: Tensor, target: Tensor, *, k: int | No
     same_device(logits, counts=counts, target=target)
     check_range("target", target, counts.shape[1], ignored=-100)
     path = path_of(impl, logits)
+    if _runtime.watch is not None:
+        tell("count_labels_", impl, path, logits, target, how="counted by NumPy", moved=logits.nbytes)
     if path == "torch":
         return reference.count_labels_(counts, logits, target, k)
     ops.count_labels_(counts, logits, target, k, path)
@@ -648,6 +661,19 @@ def _check_map(
     if path != "cpu":
         _explain(scores, labels)
     return reduce, path
+
+
+def _tell(op: str, impl: str, path: str, scores: Tensor, labels: Labels | None, reduce: str | None = None) -> None:
+    form, why = "identity", ""
+    if isinstance(labels, Segments):
+        form = f"segments ({reduce or 'mean'})"
+    elif labels is not None:
+        form = "a matrix product" if labels.is_floating_point() else "one source a class"
+    if path == "auto" and not _has_kernel(labels, reduce or "first"):
+        path, why = "torch", "matrix products and trained weights are PyTorch's"
+    moved = scores.nbytes + (0 if op == "mapped_cross_entropy" else scores.shape[0] * _classes(scores, labels) * scores.itemsize)
+    given = labels if isinstance(labels, Tensor) else None
+    tell(op, impl, path, scores, given, how=form, why=why, moved=moved)
 
 
 def _has_kernel(labels: Labels | None, reduce: str) -> bool:

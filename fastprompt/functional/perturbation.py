@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastprompt.functional.checks import bad, check_range, one_of, output_dtype, pair, path_of, same_device
+from fastprompt import _runtime
+from fastprompt.functional.checks import bad, check_range, one_of, output_dtype, pair, path_of, same_device, tell
 from fastprompt.ops import perturbation as ops
 from fastprompt.reference import perturbation as reference
 from fastprompt.reference.perturbation import Rect
@@ -163,6 +164,11 @@ def perturb(
         mask = _check_mask(mask, s, channels)
     if cells is not None:
         _check_cells(cells, s, batch, channels)
+    if _runtime.watch is not None:
+        written = batch * channels * math.prod(s.canvas) * s.dtype.itemsize
+        written *= prompt.shape[0] if s.share == "product" and prompt is not None else 1
+        read = x[:1].nbytes * batch // (1 if x.stride(1) else channels)
+        tell("perturb", impl, s.impl, x, prompt, moved=read + written)
     if s.impl == "torch":
         table = _identity_table(channels, x) if table is None else table
         out = reference.perturb(x, prompt, mask, cells, index, rows, table, *s[:-2])
