@@ -97,7 +97,7 @@ def test_gradients_under_padding(kind):
     inputs = {"attention_mask": mask, "labels": torch.where(mask.bool(), labels(), -100)}
     trained = [p for p in model.parameters() if p.requires_grad]
     want = torch.autograd.grad(model(tokens(), **inputs).loss, trained)
-    fast = accelerate(model, prompt_logits=False)
+    fast = accelerate(model, logits="own")
     out = model(tokens(), **inputs)
     assert out.logits.shape[1] == T
     for one, other in zip(torch.autograd.grad(out.loss, trained), want, strict=True):
