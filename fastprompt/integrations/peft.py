@@ -91,6 +91,9 @@ class Accelerated:
         self._wiring.restore()
         return self.model
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise bad("peft_model", "one as peft made it, for copying; call restore() first", "one that is accelerated")
+
     def __repr__(self) -> str:
         kinds = ", ".join(f"{name}: {self._kind(name)}" for name in self.model.peft_config)
         return f"{type(self.model).__name__} accelerated: {kinds}"
