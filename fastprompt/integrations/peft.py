@@ -116,6 +116,8 @@ class Accelerated:
     def _fit(self, name: str) -> None:
         """Refuses an adapter of another model."""
         config, wiring = self.model.peft_config[name], self._wiring
+        found: tuple[int, ...]
+        wanted: tuple[int, ...]
         if self._kind(name) not in _PREFIXES:
             found, wanted = (config.token_dim,), (self.model.word_embeddings.weight.shape[1],)
             what = "token_dim"
@@ -167,9 +169,9 @@ class Accelerated:
         whole = torch.cat(rows)
         if self._kind(use.names[0]) not in _PREFIXES:
             prefix, out = wiring.shallow(whole, model)
-            return Reading(prefix, use.index), out
+            return Reading(prefix, use.place), out
         pairs = whole.unflatten(2, (config.num_layers, 2, config.num_attention_heads, -1)).permute(2, 3, 0, 4, 1, 5)
-        return Reading([(k, v) for k, v in (layer.unbind(0) for layer in pairs.unbind(0))], use.index), None
+        return Reading([(k, v) for k, v in (layer.unbind(0) for layer in pairs.unbind(0))], use.place), None
 
     def _before_head(self, head: nn.Module, args: Any) -> Any:
         return None if self._wanted is None else (args[0][self._wanted], *args[1:])
@@ -216,7 +218,7 @@ class Accelerated:
             self._source = self._wanted = None
         rows = None
         if at_prompt:
-            rows = at_prompt[0].expand(len(given), -1, -1) if use.index is None else at_prompt[0][use.index]
+            rows = at_prompt[0].expand(len(given), -1, -1) if use.place is None else at_prompt[0][use.place]
         if found is not None:
             own = out.logits if rows is None else torch.cat([rows[found.starts, -1], out.logits])
             self._lose(out, own[None], found.labels[None], others)
@@ -245,7 +247,8 @@ class Accelerated:
         if self.model._adapters_disabled:
             return base.generate(*args, **kwargs)
         given = args[0] if args else next(kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if name in kwargs)
-        use, made = self._use(adapter_names, task_ids, len(given)), []
+        use = self._use(adapter_names, task_ids, len(given))
+        made: list[Reading] = []
 
         def make(call: dict[str, Any]) -> Reading:
             made[:] = [self._read(use, None)[0]]
@@ -254,7 +257,7 @@ class Accelerated:
         def read(call: dict[str, Any]) -> Reading:
             rows = next(call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None)
             times = len(rows) // len(given)  # beams and repeated sequences
-            return Reading(made[0].prefix, None if use.index is None else use.index.repeat_interleave(times))
+            return Reading(made[0].prefix, None if use.place is None else use.place.repeat_interleave(times))
 
         with torch.no_grad():
             self._wiring.run(make)
@@ -269,7 +272,7 @@ class _Use(NamedTuple):
     """Adapters in use, each sample's place among their prompts, and the tasks that a multitask adapter makes prompts for."""
 
     names: list[str]
-    index: Tensor | None
+    place: Tensor | None
     tasks: Tensor | None
 
 
