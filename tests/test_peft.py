@@ -294,7 +294,7 @@ def test_gradient_checkpointing(kind):
     model = adapted(model_of("LlamaForCausalLM"), kind)
     want = results(model, labels=labels())
     fast = accelerate(model)
-    model.get_base_model().activation_checkpointing_enable()
+    model.get_base_model().gradient_checkpointing_enable()
     model.train()
     for one, other in zip(results(model, labels=labels()), want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
