@@ -1,7 +1,8 @@
 """Training steps of whole frozen models with a prompt inside, on models of transformers with random weights.
 
-Rivals: `tokens`, VPT's loop, prompt rows in every sample; `peft`, PEFT's prompt tuning. `frozen` is the same model without a
-prompt, with a gradient for its first rows: time over it is what the prompt costs. It has another answer by design.
+fastprompt comes in through `attach` and `accelerate`. Rivals: `tokens`, VPT's loop, prompt rows in every sample; `peft`, PEFT
+itself. `frozen` is the same model without a prompt, with a gradient for its first rows: time over it is what the prompt costs.
+It has another answer by design.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from fastprompt.hoist import hoist, hoist_deep, prefixed
+from fastprompt import attach
+from fastprompt.integrations.peft import accelerate
+from fastprompt.nn import DeepPrompt, SoftPrompt
 
 from .suite import Case, Form, Inputs, Skip
 
@@ -38,6 +43,42 @@ class Models:
         if prompt.dtype not in self.made:
             self.made[prompt.dtype] = copy.deepcopy(self.made[self.dtype]).to(prompt.dtype)
         return self.made[prompt.dtype]
+
+
+class Prompted(nn.Module):
+    """A model and the prompt that is attached to it, so that `functional_call` can give both its values."""
+
+    def __init__(self, model: Any, prompt: nn.Module) -> None:
+        super().__init__()
+        self.model, self.prompts = twin(model), prompt
+        attach(self.model, self.prompts)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def twin(model: Any) -> Any:
+    """A copy with the same tensors."""
+    kept: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, kept)
+
+
+def adapted(model: Any, length: int, kind: str = "PromptTuningConfig", logits: str | None = None) -> Any:
+    """A model of PEFT over the same weights; with `logits` on fastprompt's path."""
+    try:
+        import peft
+    except ImportError as missing:
+        raise Skip("peft is not installed") from missing
+    made = peft.get_peft_model(twin(model), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=length)).eval()
+    if logits is not None:
+        accelerate(made, logits=logits)
+    return made
+
+
+def peft_loss(model: Any, prompt: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    own = {"prompt_encoder.default.embedding.weight": prompt}
+    settings = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "use_cache": False}
+    return functional_call(model, own, (), settings).loss
 
 
 def _transformers() -> Any:
@@ -63,6 +104,7 @@ def vpt_deep(width: int, layers: int, batch: int, length: int, dtype: torch.dtyp
         return transformers.ViTModel(config, add_pooling_layer=False)
 
     models = Models(make, dtype)
+    attached: list[Prompted] = []
 
     def inputs(generator: torch.Generator, device: torch.device) -> Inputs:
         make: dict[str, Any] = {"generator": generator, "device": device}
@@ -74,9 +116,9 @@ def vpt_deep(width: int, layers: int, batch: int, length: int, dtype: torch.dtyp
         return features[:, 0, : width // 2].square().sum()
 
     def ours(i: Inputs) -> Tensor:
-        model = models(i["prompt"])
-        with prefixed(model, hoist_deep(model, i["prompt"][:, None].unbind(0))):  # type: ignore[arg-type]
-            return loss(model(i["images"]).last_hidden_state)
+        if not attached:
+            attached.append(Prompted(models(i["prompt"]), DeepPrompt(layers, length, width).to(i["prompt"])))
+        return loss(functional_call(attached[0], {"prompts.prompt": i["prompt"]}, (i["images"],)).last_hidden_state)
 
     def tokens(i: Inputs) -> Tensor:
         model, prompt = models(i["prompt"]), i["prompt"]
@@ -119,7 +161,7 @@ def soft_prompt(batch: int, queries: int, length: int, dtype: torch.dtype) -> Ca
         return transformers.LlamaForCausalLM(config)
 
     models = Models(make, dtype)
-    adapted: dict[torch.dtype, Any] = {}
+    made: dict[str, Any] = {}
 
     def inputs(generator: torch.Generator, device: torch.device) -> Inputs:
         make: dict[str, Any] = {"generator": generator, "device": device}
@@ -129,13 +171,23 @@ def soft_prompt(batch: int, queries: int, length: int, dtype: torch.dtype) -> Ca
 
     def head(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
         """Only the rows that carry a label meet the vocabulary."""
-        logits = model.lm_head(hidden[:, -answer - 1 : -1])
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, -answer:].flatten())
+        logits = model.lm_head(hidden[:, -answer - 1 : -1].flatten(0, 1))
+        return F.cross_entropy(logits, ids[:, -answer:].flatten())
+
+    def labels(ids: Tensor) -> Tensor:
+        return torch.where(torch.arange(queries, device=ids.device) < queries - answer, -100, ids)
 
     def ours(i: Inputs) -> Tensor:
-        model = models(i["prompt"])
-        with prefixed(model, hoist(model, i["prompt"])):
-            return head(model, model.model(i["ids"], use_cache=False).last_hidden_state, i["ids"])
+        if "ours" not in made:
+            made["ours"] = adapted(models(i["prompt"]), length, logits="labelled")
+        return peft_loss(made["ours"], i["prompt"], i["ids"], labels(i["ids"]))
+
+    def attached(i: Inputs) -> Tensor:
+        if "attached" not in made:
+            made["attached"] = Prompted(models(i["prompt"]).model, SoftPrompt(length, width).to(i["prompt"]))
+        own, settings = {"prompts.prompt": i["prompt"][None]}, {"input_ids": i["ids"], "use_cache": False}
+        hidden = functional_call(made["attached"], own, (), settings).last_hidden_state
+        return head(models(i["prompt"]), hidden, i["ids"])
 
     def tokens(i: Inputs) -> Tensor:
         """Plain concatenation, with the same head: the truth, and what is left of the gain without PEFT's full head."""
@@ -144,25 +196,16 @@ def soft_prompt(batch: int, queries: int, length: int, dtype: torch.dtype) -> Ca
         return head(model, model.model(inputs_embeds=rows, use_cache=False).last_hidden_state, i["ids"])
 
     def peft(i: Inputs) -> Tensor:
-        try:
-            from peft import PromptTuningConfig, get_peft_model
-        except ImportError as missing:
-            raise Skip("peft is not installed") from missing
-        prompt, ids = i["prompt"], i["ids"]
-        if prompt.dtype not in adapted:
-            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
-            adapted[prompt.dtype] = get_peft_model(copy.deepcopy(models(prompt)), config).eval()
-        labels = torch.where(torch.arange(queries, device=ids.device) < queries - answer, -100, ids)
-        own = {"prompt_encoder.default.embedding.weight": prompt}
-        settings = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        return torch.func.functional_call(adapted[prompt.dtype], own, (), settings).loss
+        if "peft" not in made:
+            made["peft"] = adapted(models(i["prompt"]), length)
+        return peft_loss(made["peft"], i["prompt"], i["ids"], labels(i["ids"]))
 
     def frozen(i: Inputs) -> Tensor:
         model = models(i["prompt"])
         rows = model.get_input_embeddings()(i["ids"]) + 0 * i["prompt"][0]
         return head(model, model.model(inputs_embeds=rows, use_cache=False).last_hidden_state, i["ids"])
 
-    forms: dict[str, Form] = {"fastprompt": ours, "peft": peft, "tokens": tokens, "frozen": frozen}
+    forms: dict[str, Form] = {"fastprompt": ours, "attach": attached, "peft": peft, "tokens": tokens, "frozen": frozen}
     matrices = layers * (width * (2 * width + 2 * 128) + 3 * width * 1024)
     own = 2 * (batch * queries + length) * matrices + 2 * batch * answer * width * vocabulary
     return Case(
@@ -172,12 +215,76 @@ def soft_prompt(batch: int, queries: int, length: int, dtype: torch.dtype) -> Ca
     )  # fmt: skip
 
 
+# ---- PEFT before and after ----
+
+
+def adapter(kind: str, batch: int, queries: int, length: int, dtype: torch.dtype, small: bool) -> Case:
+    """A step of a PEFT model with a label for every token but the first, as Llama-3.2-1B is built (small: two thin layers)."""
+    width, layers, heads, kv_heads, vocabulary = (256, 2, 8, 2, 2048) if small else (2048, 16, 32, 8, 128256)
+    prefix = kind == "PrefixTuningConfig"
+    shape = (length, 2 * layers * kv_heads * width // heads) if prefix else (length, width)
+
+    def make() -> Any:
+        transformers = _transformers()
+        config = transformers.LlamaConfig(
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=131072,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+
+    models, made = Models(make, dtype), dict[str, Any]()
+
+    def inputs(generator: torch.Generator, device: torch.device) -> Inputs:
+        make: dict[str, Any] = {"generator": generator, "device": device}
+        ids = torch.randint(vocabulary, (batch, queries), **make)
+        labels = torch.cat([ids.new_full((batch, 1), -100), ids[:, 1:]], 1)
+        prompt = torch.randn(shape, **make).to(dtype).requires_grad_()
+        return {"ids": ids, "labels": labels, "prompt": prompt, "g": torch.ones((), device=device, dtype=dtype)}
+
+    def form(logits: str | None, i: Inputs) -> Tensor:
+        if str(logits) not in made:
+            made[str(logits)] = adapted(models(i["prompt"]), length, kind, logits)
+        return peft_loss(made[str(logits)], i["prompt"], i["ids"], i["labels"])
+
+    def formula(i: Inputs) -> Tensor:
+        """A sample at a time, or float64 has no room: a plain cache, or the prompt's rows in front."""
+        model = models(i["prompt"])
+
+        def one(prompt: Tensor, ids: Tensor) -> Tensor:
+            if prefix:
+                pairs = prompt.unflatten(1, (layers, 2, kv_heads, -1)).permute(1, 2, 3, 0, 4)[:, :, None]
+                cache = _transformers().DynamicCache()
+                for place, (keys, values) in enumerate(pairs):
+                    cache.update(keys, values, place)
+                logits = model(ids, past_key_values=cache).logits
+            else:
+                rows = torch.cat([prompt[None], model.get_input_embeddings()(ids)], 1)
+                logits = model(inputs_embeds=rows, use_cache=False).logits[:, length:]
+            return F.cross_entropy(logits[0, :-1], ids[0, 1:])
+
+        return torch.stack([checkpoint(one, i["prompt"], ids[None], use_reentrant=False) for ids in i["ids"]]).mean()
+
+    matrices = layers * (2 * width**2 * (1 + kv_heads / heads) + 12 * width**2) + width * vocabulary
+    rows = batch * queries + (0 if prefix else length)
+    return Case(
+        family="reprogrammed", name="prefix tuning" if prefix else "prompt tuning", mode="both", dtype=dtype, inputs=inputs,
+        shape=f"Llama L={layers} d={width} V={vocabulary} B={batch} T={queries} P={length}", formula=formula, wrt=("prompt",),
+        forms={"fastprompt": partial(form, "all"), "labelled": partial(form, "labelled"), "peft": partial(form, None)},
+        bytes=int(matrices) * dtype.itemsize, flops=int(4 * rows * matrices), best=("peft",),
+        tolerance=1e-4 if dtype == torch.float32 else 5e-2,
+    )  # fmt: skip
+
+
 def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """What `python -m benchmarks --family reprogrammed` runs."""
-    small = partial(vpt_deep, 384, 12, 16, dtype=dtype)
-    made = [small(length=length, mode=mode) for length in (50, 100) for mode in ("both", "forward")]
+    row = partial(vpt_deep, 384, 12, 16, dtype=dtype)
+    made = [row(length=length, mode=mode) for length in (50, 100) for mode in ("both", "forward")]
     made.append(soft_prompt(16, 64, 100, dtype))
-    if device.type == "cuda":
+    small = device.type != "cuda"
+    for kind in ("PromptTuningConfig", "PrefixTuningConfig"):
+        for batch, queries, length in ((4, 210, 200), (32, 128, 100), (8, 2048, 128)):
+            made.append(adapter(kind, batch // 4 if small else batch, queries, length, dtype, small))
+    if not small:
         made += [vpt_deep(768, 12, 256, length, dtype, "both") for length in (10, 50, 100)]
         made += [soft_prompt(32, 128, 100, dtype)]
     return made

@@ -6,11 +6,13 @@ import copy
 import functools
 import itertools
 import json
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 
+import fastprompt
 from fastprompt import nn as fnn
 from fastprompt.checkpoint import CheckpointError
 from fastprompt.hoist import Inexact, hoist, prefixed
@@ -28,6 +30,7 @@ KINDS = {
     "projected prefix": lambda **o: peft.PrefixTuningConfig(
         num_virtual_tokens=P, prefix_projection=True, encoder_hidden_size=6, **o
     ),
+    "cartridge": lambda **o: peft.CartridgeConfig(num_virtual_tokens=P, num_frozen_tokens=2, **o),
 }
 
 
@@ -62,8 +65,10 @@ def results(model, **inputs) -> list[torch.Tensor]:
     return [out.logits, out.loss, *torch.autograd.grad(out.loss + out.logits.square().mean(), trained)]
 
 
+if not hasattr(peft, "CartridgeConfig"):  # since PEFT 0.19
+    del KINDS["cartridge"]
 ALL = list(itertools.product(("LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM", "OPTForCausalLM"), KINDS))
-QUICK = [("LlamaForCausalLM", kind) for kind in KINDS] + [(name, kind) for name, kind in ALL[4:] if kind in ("prompt", "prefix")]
+QUICK = [(name, kind) for name, kind in ALL if name == "LlamaForCausalLM" or kind in ("prompt", "prefix")]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def test_accelerated_is_peft(name, kind):
         want = results(model, **inputs)
         fast = accelerate(model)
         got = results(model, **inputs)
-        assert "accelerated: default: P" in repr(fast)
+        assert f"accelerated: default: {model.peft_config['default'].peft_type.value}" in repr(fast)
         fast.restore()
         if mask is not None:  # what padding says is nobody's, and with it the mean square of all logits
             seen = (ahead(mask) if got[0].shape[1] > T else mask).bool()
@@ -97,12 +102,40 @@ def test_gradients_under_padding(kind):
     inputs = {"attention_mask": mask, "labels": torch.where(mask.bool(), labels(), -100)}
     trained = [p for p in model.parameters() if p.requires_grad]
     want = torch.autograd.grad(model(tokens(), **inputs).loss, trained)
-    fast = accelerate(model, prompt_logits=False)
+    fast = accelerate(model, logits="own")
     out = model(tokens(), **inputs)
     assert out.logits.shape[1] == T
     for one, other in zip(torch.autograd.grad(out.loss, trained), want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     fast.restore()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_head_for_labelled_rows_alone(kind):
+    """The loss and gradients of all rows; also with a label for the first token, with a label in one sample alone, with none."""
+    model, heads = causal("LlamaForCausalLM", kind), []
+    trained = [p for p in model.parameters() if p.requires_grad]
+    head = model.get_base_model().lm_head.register_forward_hook(lambda module, args, out: heads.append(out.shape[:-1].numel()))
+    few = torch.full((B, T), -100)
+    few[1, 3], few[2, 0], few[2, T - 1] = 5, 6, 7
+    for targets in (labels(), few, few[:, [3, 3, 1, 2, 3, 4, 4]]):
+        want = model(tokens(), labels=targets)
+        fast = accelerate(model, logits="labelled")
+        heads.clear()
+        got = model(tokens(), labels=targets)
+        there = (targets[:, 1:] != -100).sum() + (kind == "prompt") * (targets[:, 0] != -100).sum()
+        assert got.logits.shape == (there, want.logits.shape[2])
+        assert sum(heads) <= there + 2
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-9, atol=1e-9)
+        for one, other in zip(*(torch.autograd.grad(out.loss, trained) for out in (got, want)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+        assert model(tokens()).logits.shape[:2] == (B, T)
+        fast.restore()
+    assert model(tokens(), labels=targets * 0 - 100).loss.isnan()
+    fast = accelerate(model, logits="labelled")
+    assert model(tokens(), labels=targets * 0 - 100).loss.isnan()
+    fast.restore()
+    head.remove()
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
@@ -148,10 +181,18 @@ def test_every_sample_its_own_adapter(kind):
     alone = []
     for name in ("default", "other"):
         model.set_adapter(name)
+        model.prompt_encoder[name].embedding.weight.requires_grad_(True)  # switching takes it from the others
         alone.append(model(tokens()).logits)
+    for name in ("default", "other"):
+        model.prompt_encoder[name].embedding.weight.requires_grad_(True)
     fast = accelerate(model)
     mixed = model(tokens(), adapter_names=["other", "default", "other"]).logits
-    torch.testing.assert_close(mixed, torch.stack([alone[1][0], alone[0][1], alone[1][2]]), rtol=1e-9, atol=1e-9)
+    apart = torch.stack([alone[1][0], alone[0][1], alone[1][2]])
+    torch.testing.assert_close(mixed, apart, rtol=1e-9, atol=1e-9)
+    both = [model.prompt_encoder[name].embedding.weight for name in ("default", "other")]
+    for one, other in zip(*(torch.autograd.grad(out.square().mean(), both) for out in (mixed, apart)), strict=True):
+        assert other.abs().max() > 1e-4
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     texts = model.generate(tokens(), adapter_names=["other", "default", "other"], num_beams=2, **settings)
     model.set_adapter("default")
@@ -163,13 +204,97 @@ def test_every_sample_its_own_adapter(kind):
     fast.restore()
 
 
+def test_every_sample_its_own_task():
+    """Multitask prompt tuning: a prompt is made for each task of the batch, not for each sample."""
+    config = peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=P, num_tasks=4, num_ranks=2, prompt_tuning_init="RANDOM"
+    )
+    model = peft.get_peft_model(copy.deepcopy(model_of("LlamaForCausalLM")), config).double().eval()
+    model.get_base_model().loss_function = loss_function
+    for parameter in model.prompt_encoder.parameters():
+        parameter.data.normal_()
+    inputs = {"task_ids": torch.tensor([3, 1, 3]), "labels": labels()}
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "task_ids": inputs["task_ids"]}
+    want, text = results(model, **inputs), model.generate(input_ids=tokens(), **settings)
+    fast = accelerate(model)
+    for one, other in zip(results(model, **inputs), want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert torch.equal(model.generate(input_ids=tokens(), **settings), text)
+    with pytest.raises(ValueError, match=r"task_ids: expected int64 \[3\], each sample's task, got None"):
+        model(tokens())
+    fast.restore()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_given_positions_and_packed_sequences(kind):
+    """PEFT drops both for prompts: a warning, and other logits."""
+    model = causal("LlamaForCausalLM", kind)
+    lengths = (4, 2, 1)
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    ids = tokens()[:1]
+    fast = accelerate(model, logits="own")
+    packed = model(ids, position_ids=places, use_cache=False).logits[0]
+    alone = [model(each[None]).logits[0] for each in ids[0].split(lengths)]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-9, atol=1e-9)
+    moved = model(ids[:, 2:], position_ids=torch.arange(2, T)[None]).logits
+    far = fast.restore()(ids[:, 2:]).logits[:, -T + 2 :]
+    assert (moved - far).abs().max() > 1e-3  # as far behind the prompt as the positions say
+    fast = accelerate(model, logits="own")
+    hole = model(tokens(), attention_mask=(torch.arange(T) > 1).long().expand(B, T)).logits[:1, 2:]
+    torch.testing.assert_close(moved, hole, rtol=1e-9, atol=1e-9)
+    fast.restore()
+
+
+@pytest.mark.parametrize("kind", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
+def test_compiled_in_one_graph(kind):
+    model = adapted(model_of("LlamaForCausalLM"), kind)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fast = accelerate(model)
+    want = model(tokens(), labels=labels(), use_cache=False)
+    got = torch.compile(model, fullgraph=True, backend="eager")(tokens(), labels=labels(), use_cache=False)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-9, atol=1e-9)
+    for one, other in zip(*(torch.autograd.grad(out.loss, trained) for out in (got, want)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    fast.restore()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "cartridge"])
+def test_training_goes_on_from_a_saved_adapter(kind, tmp_path):
+    """PEFT refuses to load one as trainable. One step more gives what PEFT's own model gives that was never saved."""
+    if kind not in KINDS:
+        pytest.skip("this PEFT has no cartridges")
+    model, base = adapted(model_of("LlamaForCausalLM"), kind), copy.deepcopy(model_of("LlamaForCausalLM"))
+    base.loss_function = loss_function
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    targets = labels()
+    targets[:, 0] = -100  # PEFT has the prompt say the first token, `attach` not
+    prompt, config = load_peft(tmp_path)
+    handle = fastprompt.attach(base, prompt)
+    for each, parameters in ((model, [p for p in model.parameters() if p.requires_grad]), (base, list(handle.parameters()))):
+        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(tokens(), labels=targets).loss.backward()
+            optimizer.step()
+    handle.detach()
+    save_peft(tmp_path / "after", prompt, config)
+    model.save_pretrained(tmp_path / "theirs")
+    after, theirs = (safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("after", "theirs"))
+    before = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    torch.testing.assert_close(after, theirs, rtol=1e-9, atol=1e-9)
+    moved = (after["prompt_embeddings"] - before["prompt_embeddings"]).abs().amax(1) > 1e-3
+    assert moved.tolist() == [kind != "cartridge"] * 2 + [True] * (P - 2)  # sinks stay
+
+
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_gradient_checkpointing(kind):
     """With a prefix PEFT raises."""
     model = adapted(model_of("LlamaForCausalLM"), kind)
     want = results(model, labels=labels())
     fast = accelerate(model)
-    model.get_base_model().activation_checkpointing_enable()
+    model.get_base_model().gradient_checkpointing_enable()
     model.train()
     for one, other in zip(results(model, labels=labels()), want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -187,8 +312,24 @@ def test_what_accelerate_refuses():
     classifier = frozen(lambda: transformers.BertForSequenceClassification(bert().config))
     with pytest.raises(Inexact, match=r"PROMPT_TUNING for CAUSAL_LM, got default for SEQ_CLS; elsewhere"):
         accelerate(adapted(classifier, "prompt", "SEQ_CLS"))
+    shape = {"num_layers": LAYERS, "num_attention_heads": 2, "token_dim": 2 * WIDTH // HEADS}
+    for wrong in ({"num_layers": 2}, {"num_attention_heads": 4}, {"token_dim": 8}):
+        other = adapted(llama, "prefix", **shape)
+        vars(other.peft_config["default"]).update(wrong)
+        with pytest.raises(
+            ValueError, match=r"an adapter of this LlamaForCausalLM \(layers, heads of keys and their width \(3, 2, 8\)\)"
+        ):
+            accelerate(other)
+    other = adapted(llama, "prompt")
+    other.peft_config["default"].token_dim = 16
+    with pytest.raises(ValueError, match=r"an adapter of this LlamaForCausalLM \(token_dim \(32,\)\), got default with \(16,\)"):
+        accelerate(other)
     model = causal("LlamaForCausalLM", "prompt")
+    with pytest.raises(ValueError, match="logits: expected one of all, own, labelled, got 'none'"):
+        accelerate(model, logits="none")
     fast = accelerate(model)
+    with pytest.raises(ValueError, match=r"for copying; call restore\(\) first"):
+        copy.deepcopy(model)
     with pytest.raises(ValueError, match=r"call restore\(\) first"):
         accelerate(model)
     with pytest.raises(ValueError, match="output_hidden_states: expected False"):
@@ -223,6 +364,7 @@ def test_files_go_both_ways(kind, tmp_path):
     if isinstance(prompt, fnn.PrefixKV):
         assert (prompt.layers, prompt.kv_heads, prompt.head_dim) == (LAYERS, 2, WIDTH // HEADS)
         assert (config["token_dim"], config["num_attention_heads"]) == (2 * WIDTH // HEADS, 2)
+        assert prompt.frozen == (2 if kind == "cartridge" else 0)
     save_peft(tmp_path / "ours", prompt, config)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
@@ -239,7 +381,7 @@ def test_files_go_both_ways(kind, tmp_path):
     assert torch.equal(saved, safetensors.torch.load_file(tmp_path / "theirs" / "adapter_model.safetensors")["prompt_embeddings"])
 
 
-def test_folders_that_are_refused(tmp_path):
+def test_folders_that_are_refused(tmp_path, monkeypatch):
     prompt = fnn.SoftPrompt(P, WIDTH)
     save_peft(tmp_path, prompt)
     good = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -250,9 +392,12 @@ def test_folders_that_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             load_peft(tmp_path)
 
-    refused("expected peft_type PROMPT_TUNING, P_TUNING, PREFIX_TUNING, got 'LORA'", peft_type="LORA")
+    refused("expected peft_type PROMPT_TUNING, P_TUNING, PREFIX_TUNING, CARTRIDGE, got 'LORA'", peft_type="LORA")
     refused(r"peft_type .*, got \['x'\]", peft_type=["x"])
-    refused("names a class to import", auto_mapping={"base_model_class": "system", "parent_library": "os"})
+    (tmp_path / "hostile.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused("names a class to import", auto_mapping={"base_model_class": "system", "parent_library": "hostile"})
+    assert "hostile" not in sys.modules
     refused("no encoder-decoder", num_transformer_submodules=2)
     refused("no modules_to_save", modules_to_save=["score"])
     refused("num_virtual_tokens as a positive number, got '5'", num_virtual_tokens="5")
@@ -260,6 +405,9 @@ def test_folders_that_are_refused(tmp_path):
     refused(r"expected prompt_embeddings \[5, 16\], got \[5, 32\]", token_dim=16)
     refused("num_layers as a positive number, got None", peft_type="PREFIX_TUNING")
     refused("token_dim as a multiple of num_attention_heads", peft_type="PREFIX_TUNING", num_layers=1, num_attention_heads=5)
+    shape = {"num_layers": 1, "num_attention_heads": 2, "token_dim": WIDTH // 2}
+    for sinks in (P, -1, None, True):
+        refused("num_frozen_tokens from 0 to 4", peft_type="CARTRIDGE", num_frozen_tokens=sinks, **shape)
     config, payload = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     for text, message in (
         ("[]", "a JSON object, got list"),
@@ -294,6 +442,21 @@ def test_folders_that_are_refused(tmp_path):
         load_peft(tmp_path / "nowhere")
 
 
+def test_adapters_of_another_model(tmp_path):
+    """What is loaded says what does not fit when it is attached."""
+    model = model_of("LlamaForCausalLM")
+    for prompt, message in (
+        (fnn.SoftPrompt(P, 16), f"width={WIDTH} for LlamaForCausalLM, got 16"),
+        (fnn.PrefixKV(2, 2, P, 8), f"layers={LAYERS} for LlamaForCausalLM, got 2"),
+        (fnn.PrefixKV(LAYERS, 4, P, 8), "kv_heads=2 for LlamaForCausalLM, got 4"),
+    ):
+        save_peft(tmp_path, prompt)
+        with pytest.raises(ValueError, match=message):
+            fastprompt.attach(model, load_peft(tmp_path)[0])
+    with pytest.raises(ValueError, match="prompts of one kind"):
+        fastprompt.attach(model, [load_peft(tmp_path)[0], fnn.SoftPrompt(P, WIDTH)])
+
+
 def test_what_cannot_be_saved(tmp_path):
     prefix = fnn.PrefixKV(2, 2, P, 8)
     with pytest.raises(TypeError, match="prompt: expected a SoftPrompt or PrefixKV, got DeepPrompt"):
@@ -307,3 +470,10 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="config: expected that of this prompt"):
         save_peft(tmp_path, fnn.SoftPrompt(P, 16), config)
     assert torch.equal(load_peft(tmp_path)[0].stacked(), prefix.stacked())
+    sunk = fnn.PrefixKV(2, 2, P, 8, frozen=1)
+    with pytest.raises(ValueError, match=r"config: expected that of this prompt.*num_frozen_tokens"):
+        save_peft(tmp_path, sunk, config)
+    save_peft(tmp_path, sunk)
+    again, config = load_peft(tmp_path)
+    assert (again.frozen, config["peft_type"]) == (1, "CARTRIDGE")
+    assert torch.equal(again.stacked(), sunk.stacked())

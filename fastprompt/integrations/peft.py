@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -20,40 +21,45 @@ from torch import Tensor, nn
 
 from fastprompt import checkpoint
 from fastprompt.checkpoint import CheckpointError
-from fastprompt.functional.checks import bad
+from fastprompt.functional.checks import bad, one_of
 from fastprompt.hoist import Inexact, Reading, Wiring
 from fastprompt.nn import PrefixKV, SoftPrompt
 
 CONFIG, PAYLOAD, KEY = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
-_PROMPTS = ("PROMPT_TUNING", "P_TUNING")
-_KINDS = (*_PROMPTS, "PREFIX_TUNING")
+_PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+_FILES = ("PROMPT_TUNING", "P_TUNING", *_PREFIXES)
+_KINDS = (*_FILES, "MULTITASK_PROMPT_TUNING")
 
 
 # ---- Models ----
 
 
-def accelerate(peft_model: nn.Module, *, prompt_logits: bool = True) -> Accelerated:
-    """Runs a PEFT model of type PROMPT_TUNING, P_TUNING or PREFIX_TUNING on this package's path, in place.
+def accelerate(peft_model: nn.Module, *, logits: str = "all") -> Accelerated:
+    """Runs a PEFT model of a prompt learning type on this package's path, in place, until `restore`.
 
-    PEFT puts a prompt's rows, or a prefix's keys and values, into every sample; here they are made once a call. Calls with
-    `adapter_names=[...]`, which PEFT ignores for these types, give each sample its own adapter. `position_ids` are kept,
-    which PEFT drops for prompts; gradient checkpointing and a static cache work. A returned cache holds the samples' tokens
-    alone.
+    The types: PROMPT_TUNING (arXiv 2104.08691), P_TUNING (2103.10385), MULTITASK_PROMPT_TUNING (2303.02861), PREFIX_TUNING
+    (2101.00190) and CARTRIDGE (2506.06266). PEFT puts a prompt's rows, or a prefix's keys and values, into every sample; here
+    they are made once a call (once a task that the batch names). Calls with `adapter_names=[...]`, which PEFT ignores for
+    these types, give each sample its own adapter. `position_ids` are kept, which PEFT drops for prompts; gradient
+    checkpointing, a static cache and `torch.compile(fullgraph=True)` work. A returned cache holds the samples' tokens alone.
 
     Args:
-        peft_model: a `PeftModelForCausalLM`; with PREFIX_TUNING also one for sequence or token classification.
-        prompt_logits: False leaves out the logits at the prompt's own rows, [B, P, V], which PEFT returns in front.
+        peft_model: a `PeftModelForCausalLM`; with PREFIX_TUNING or CARTRIDGE also one for sequence or token classification.
+        logits: which rows of a causal model meet its head. "all": as PEFT has it, [B, P + T, V] with a prompt. "own": without
+            the prompt's, [B, T, V]. "labelled": with `labels`, only the n rows that one of them is for, [n, V] in reading
+            order: the same loss and gradients without the largest tensor of a step. Finding them costs a sync on a GPU.
 
     Raises:
         TypeError: not such a model. Inexact (a ValueError): what cannot be done exactly, such as dropout that is active.
+        ValueError: adapters that do not fit the model.
     """
-    return Accelerated(peft_model, prompt_logits)
+    return Accelerated(peft_model, logits)
 
 
 class Accelerated:
     """What `accelerate` did; `restore` undoes it."""
 
-    def __init__(self, peft_model: Any, prompt_logits: bool) -> None:
+    def __init__(self, peft_model: Any, logits: str) -> None:
         try:
             import peft
         except ImportError as missing:
@@ -62,71 +68,113 @@ class Accelerated:
             raise TypeError(f"peft_model: expected a model of peft, got {type(peft_model).__name__}")
         if isinstance(getattr(peft_model.forward, "__self__", None), Accelerated):
             raise bad("peft_model", "one as peft made it; call restore() first", "one that is accelerated")
-        self.model, self.prompt_logits = peft_model, prompt_logits
+        self.model, self.logits = peft_model, one_of("logits", logits, ("all", "own", "labelled"))
         for name in peft_model.peft_config:
-            self._config(name)
+            self._kind(name)
         self._wiring = Wiring(peft_model.get_base_model())
+        for name in peft_model.peft_config:
+            self._fit(name)
+        self._source: Callable[[dict[str, Any]], Reading] | None = None
+        self._wanted: tuple[Any, Any] | None = None  # the rows that the head gets
+        self._hooks, head = ExitStack(), peft_model.get_base_model().get_output_embeddings()
+        if head is None and logits == "labelled":
+            raise bad("logits", "all or own: the model names no output embeddings", repr(logits))
+        self._hooks.enter_context(self._wiring.reading(lambda kwargs: None if self._source is None else self._source(kwargs)))
+        if head is not None:
+            self._hooks.callback(head.register_forward_pre_hook(self._before_head).remove)
         peft_model.forward, peft_model.generate = self._forward, self._generate
 
     def restore(self) -> nn.Module:
         """PEFT's own path again."""
         del self.model.forward, self.model.generate
+        self._hooks.close()
         self._wiring.restore()
         return self.model
 
-    def __repr__(self) -> str:
-        kinds = {name: self._config(name)[0] for name in self.model.peft_config}
-        return f"{type(self.model).__name__} accelerated: {', '.join(f'{name}: {kind}' for name, kind in kinds.items())}"
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise bad("peft_model", "one as peft made it, for copying; call restore() first", "one that is accelerated")
 
-    def _config(self, name: str) -> tuple[str, Any]:
-        """(type, configuration) of an adapter, refused unless it is one of the three."""
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{name}: {self._kind(name)}" for name in self.model.peft_config)
+        return f"{type(self.model).__name__} accelerated: {kinds}"
+
+    def _kind(self, name: str) -> str:
+        """The type of an adapter, refused unless it is one of ours."""
         config, model = self.model.peft_config[name], self.model
         kind, task = (str(getattr(value, "value", value)) for value in (config.peft_type, config.task_type))
         if kind not in _KINDS:
             raise Inexact(f"peft_model: expected adapters of type {', '.join(_KINDS)}, got {name} of type {kind}")
-        tasks = ("CAUSAL_LM",) if kind in _PROMPTS else ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
+        tasks = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS") if kind in _PREFIXES else ("CAUSAL_LM",)
         if task not in tasks:
-            why = "; elsewhere a prompt depends on each sample" if kind in _PROMPTS else ""
+            why = "" if kind in _PREFIXES else "; elsewhere a prompt depends on each sample"
             raise Inexact(f"peft_model: expected {kind} for {', '.join(tasks)}, got {name} for {task}{why}")
         base = model.get_base_model().config.model_type
-        if kind == "PREFIX_TUNING" and base in ("bloom", "gpt_bigcode"):
+        if kind in _PREFIXES and base in ("bloom", "gpt_bigcode"):
             raise Inexact(f"peft_model: expected keys and values as [B, H, T, D], got a model of type {base}")
-        return kind, config
+        return kind
 
-    def _adapters(self, names: Sequence[str] | None, batch: int) -> tuple[list[str], Tensor | None]:
-        """(the adapters in use, each sample's place among them)."""
-        if names is None:
-            return [self.model.active_adapter], None
-        if len(names) != batch:
+    def _fit(self, name: str) -> None:
+        """Refuses an adapter of another model."""
+        config, wiring = self.model.peft_config[name], self._wiring
+        found: tuple[int, ...]
+        wanted: tuple[int, ...]
+        if self._kind(name) not in _PREFIXES:
+            found, wanted = (config.token_dim,), (self.model.word_embeddings.weight.shape[1],)
+            what = "token_dim"
+        else:
+            found = (config.num_layers, config.num_attention_heads, config.token_dim // config.num_attention_heads)
+            wanted = (len(wiring.blocks), wiring.kv_heads or found[1], wiring.head_dim or found[2])
+            what = "layers, heads of keys and their width"
+        if found != wanted:
+            model = type(self.model.get_base_model()).__name__
+            raise bad("peft_model", f"an adapter of this {model} ({what} {wanted})", f"{name} with {found}")
+
+    def _use(self, names: Sequence[str] | None, tasks: Tensor | None, batch: int) -> _Use:
+        """Whose prompts the samples read."""
+        known = self.model.peft_config
+        if names is not None and len(names) != batch:
             raise bad("adapter_names", f"one for each of the {batch} samples", len(names))
-        used = sorted(set(names))
-        unknown = [name for name in used if name not in self.model.peft_config]
-        if unknown or len({self._config(name)[0] in _PROMPTS for name in used}) > 1:
-            raise bad("adapter_names", f"adapters of one kind among {', '.join(self.model.peft_config)}", used)
-        return used, torch.tensor([used.index(name) for name in names], device=self.model.device)
+        used = [self.model.active_adapter] if names is None else sorted(set(names))
+        kinds = {self._kind(name) for name in used if name in known}
+        if not set(used) <= set(known) or len({kind in _PREFIXES for kind in kinds}) > 1:
+            raise bad("adapter_names", f"adapters of one kind among {', '.join(known)}", used)
+        if "MULTITASK_PROMPT_TUNING" in kinds:
+            if len(used) > 1:
+                raise bad("adapter_names", "one adapter of MULTITASK_PROMPT_TUNING, whose tasks may differ", used)
+            if tasks is None or tuple(tasks.shape) != (batch,):
+                raise bad("task_ids", f"int64 [{batch}], each sample's task", None if tasks is None else list(tasks.shape))
+            tasks, index = torch.unique(tasks.to(self.model.device), return_inverse=True)
+            return _Use(used, index, tasks)
+        if names is None:
+            return _Use(used, None, None)
+        return _Use(used, torch.tensor([used.index(name) for name in names], device=self.model.device), None)
 
-    def _rows(self, name: str) -> Tensor:
-        """[1, P, width] that an adapter trains, through its encoder once."""
-        encoder, (_, config) = self.model.prompt_encoder[name], self._config(name)
-        if config.inference_mode:
+    def _rows(self, name: str, tasks: Tensor | None) -> Tensor:
+        """[1 or tasks, P, width] that an adapter trains, through its encoder once."""
+        encoder, config = self.model.prompt_encoder[name], self.model.peft_config[name]
+        if self._kind(name) == "CARTRIDGE":
+            return encoder.weight[None]
+        if config.inference_mode and tasks is None:
             return encoder.embedding.weight[None]
-        ids = self.model.prompt_tokens[name][None].to(encoder.embedding.weight.device)
-        return encoder(ids[:, : config.num_virtual_tokens])
+        ids = self.model.prompt_tokens[name][None].to(encoder.embedding.weight.device)[:, : config.num_virtual_tokens]
+        return encoder(ids) if tasks is None else encoder(ids.expand(len(tasks), -1), tasks)
 
-    def _read(self, names: Sequence[str], index: Tensor | None) -> tuple[Reading, Any]:
-        """What the samples read, and for prompts the model's output at the prompts' rows. Inside `attention`."""
-        wiring, kind = self._wiring, self._config(names[0])[0]
-        rows = [self._rows(name).to(wiring.base.dtype) for name in names]
+    def _read(self, use: _Use, model: nn.Module | None) -> tuple[Reading, Any]:
+        """What the samples read, and for prompts `model`'s output at the prompts' rows."""
+        wiring, config = self._wiring, self.model.peft_config[use.names[0]]
+        rows = [self._rows(name, use.tasks).to(wiring.base.dtype) for name in use.names]
         counts = {part.shape[1] for part in rows}
         if len(counts) > 1:
             raise bad("adapter_names", "adapters with as many virtual tokens", sorted(counts))
         whole = torch.cat(rows)
-        if kind in _PROMPTS:
-            prefix, out = wiring.shallow(whole, self.model.get_base_model())
-            return Reading(prefix, index), out
-        heads, layers = (getattr(self._config(names[0])[1], key) for key in ("num_attention_heads", "num_layers"))
-        pairs = whole.unflatten(2, (layers, 2, heads, -1)).permute(2, 3, 0, 4, 1, 5)
-        return Reading([(k, v) for k, v in (layer.unbind(0) for layer in pairs.unbind(0))], index), None
+        if self._kind(use.names[0]) not in _PREFIXES:
+            prefix, out = wiring.shallow(whole, model)
+            return Reading(prefix, use.place), out
+        pairs = whole.unflatten(2, (config.num_layers, 2, config.num_attention_heads, -1)).permute(2, 3, 0, 4, 1, 5)
+        return Reading([(k, v) for k, v in (layer.unbind(0) for layer in pairs.unbind(0))], use.place), None
+
+    def _before_head(self, head: nn.Module, args: Any) -> Any:
+        return None if self._wanted is None else (args[0][self._wanted], *args[1:])
 
     def _forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None,
@@ -134,73 +182,128 @@ class Accelerated:
         return_dict: bool | None = None, task_ids: Tensor | None = None, adapter_names: Sequence[str] | None = None,
         **others: Any,
     ) -> Any:  # fmt: skip
-        """As PEFT's forward: logits [B, P + T, V] with a prompt, [B, T, V] with a prefix or `prompt_logits=False`."""
+        """As PEFT's forward, with the logits that `accelerate` was asked for."""
         base, given = self.model.get_base_model(), input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise bad("input_ids, inputs_embeds", "one of them", "neither")
         if output_attentions or output_hidden_states:
             raise bad("output_attentions, output_hidden_states", "False: the prompt's rows are not in every sample", True)
-        names, index = self._adapters(adapter_names, len(given))
-        at_prompt: list[Any] = []
+        use, kept = self._use(adapter_names, task_ids, len(given)), others.get("logits_to_keep", 0)
+        prompted, whole = self._kind(use.names[0]) not in _PREFIXES, isinstance(kept, int) and kept == 0
+        config = self.model.peft_config[use.names[0]]
+        causal = str(getattr(config.task_type, "value", config.task_type)) == "CAUSAL_LM"
+        if causal and labels is not None and not whole:
+            raise bad("logits_to_keep", "0 with labels", kept)
+        found = None
+        if causal and labels is not None and self.logits == "labelled":
+            found = _labelled(labels, others.get("ignore_index", -100), prompted)
+        everything = self.logits == "all" and whole
+        last = labels is not None and (found is None or len(found.starts) > 0)
+        at_prompt: list[Tensor] = []
 
         def read(kwargs: dict[str, Any]) -> Reading:
-            reading, out = self._read(names, index)
+            self._wanted = None if everything else (slice(None), slice(-1, None))
+            reading, out = self._read(use, base if everything or last else None)
             at_prompt[:] = [] if out is None else [out.logits]
+            self._wanted = None if found is None else found.rows
             return reading
 
-        prompted = self._config(names[0])[0] in _PROMPTS
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs |= {name: value for name, value in others.items() if value is not None}
-        inputs["labels"] = None if prompted else labels
-        with self._wiring.reading(read):
+        inputs["labels"] = None if prompted or found is not None else labels
+        self._source = read
+        try:
             out = base(**{name: value for name, value in inputs.items() if value is not None}, return_dict=True)
-        if prompted:
-            self._join(base, out, at_prompt[0], index, labels, others)
+        finally:
+            self._source = self._wanted = None
+        rows = None
+        if at_prompt:
+            rows = at_prompt[0].expand(len(given), -1, -1) if use.place is None else at_prompt[0][use.place]
+        if found is not None:
+            own = out.logits if rows is None else torch.cat([rows[found.starts, -1], out.logits])
+            self._lose(out, own[None], found.labels[None], others)
+            out["logits"] = own[:-1]
+        elif prompted and labels is not None:
+            first = labels.new_full((len(labels), 1), others.get("ignore_index", -100))
+            assert rows is not None
+            self._lose(out, torch.cat([rows[:, -1:], out.logits], 1), torch.cat([first, labels], 1), others)
+        if rows is not None and everything:
+            out["logits"] = torch.cat([rows, out.logits], 1)
         as_dict = getattr(base.config, "return_dict", True) if return_dict is None else return_dict
         return out if as_dict else out.to_tuple()
 
-    def _join(self, base: Any, out: Any, rows: Tensor, index: Tensor | None, labels: Tensor | None, others: Any) -> None:
-        """The loss, which the prompt's last row has a share in, and the logits at the prompt's rows."""
-        logits, kept = out.logits, others.get("logits_to_keep", 0)
-        batch, whole = len(logits), bool(isinstance(kept, int) and kept == 0)
-        rows = rows.expand(batch, -1, -1) if index is None else rows[index]
-        if labels is not None:
-            if not whole:
-                raise bad("logits_to_keep", "0 with labels", kept)
-            first = labels.new_full((batch, 1), -100)
-            known = {name: value for name, value in others.items() if name in ("num_items_in_batch", "ignore_index")}
-            out["loss"] = base.loss_function(
-                logits=torch.cat([rows[:, -1:], logits], 1), labels=torch.cat([first, labels], 1),
-                vocab_size=base.config.vocab_size, **known,
-            )  # fmt: skip
-            out.move_to_end("loss", last=False)
-        if whole and self.prompt_logits:
-            out["logits"] = torch.cat([rows, logits], 1)
+    def _lose(self, out: Any, logits: Tensor, labels: Tensor, others: dict[str, Any]) -> None:
+        """The model's own loss, where a row's label is the next row's."""
+        base = self.model.get_base_model()
+        known = {name: value for name, value in others.items() if name in ("num_items_in_batch", "ignore_index")}
+        out["loss"] = base.loss_function(logits=logits, labels=labels, vocab_size=base.config.vocab_size, **known)
+        out.move_to_end("loss", last=False)
 
-    def _generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def _generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """As PEFT's generate, with any cache."""
         base = self.model.get_base_model()
         if self.model._adapters_disabled:
             return base.generate(*args, **kwargs)
         given = args[0] if args else next(kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if name in kwargs)
-        names, index = self._adapters(adapter_names, len(given))
-        with torch.no_grad(), self._wiring.attention():
-            reading, _ = self._read(names, index)
+        use = self._use(adapter_names, task_ids, len(given))
+        made: list[Reading] = []
+
+        def make(call: dict[str, Any]) -> Reading:
+            made[:] = [self._read(use, None)[0]]
+            return made[0]
 
         def read(call: dict[str, Any]) -> Reading:
             rows = next(call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None)
             times = len(rows) // len(given)  # beams and repeated sequences
-            return Reading(reading.prefix, None if index is None else index.repeat_interleave(times))
+            return Reading(made[0].prefix, None if use.place is None else use.place.repeat_interleave(times))
 
-        with self._wiring.reading(read):
+        with torch.no_grad():
+            self._wiring.run(make)
+        self._source = read
+        try:
             return base.generate(*args, **kwargs)
+        finally:
+            self._source = None
+
+
+class _Use(NamedTuple):
+    """Adapters in use, each sample's place among their prompts, and the tasks that a multitask adapter makes prompts for."""
+
+    names: list[str]
+    place: Tensor | None
+    tasks: Tensor | None
+
+
+class _Labelled(NamedTuple):
+    """Where a label is for: samples whose first token has one (the prompt's last row says it), own rows (b, t) in reading
+    order and any one more, and the labels one place later than their rows.
+    """
+
+    starts: Tensor
+    rows: tuple[Tensor, Tensor]
+    labels: Tensor
+
+
+def _labelled(labels: Tensor, ignored: int, prompted: bool) -> _Labelled:
+    known = labels.cpu()  # one sync instead of one for every size
+    there = known != ignored
+    starts = there[:, 0].nonzero()[:, 0] if prompted else there.new_empty(0, dtype=torch.int64)
+    b, t = there[:, 1:].nonzero(as_tuple=True)
+    one = torch.tensor([ignored])
+    targets = torch.cat([one, known[starts, 0], known[b, t + 1]])
+    zero, device = torch.zeros(1, dtype=torch.int64), labels.device
+    rows = (torch.cat([b, zero]).to(device), torch.cat([t, zero]).to(device))
+    return _Labelled(starts.to(device), rows, targets.to(device))
 
 
 # ---- Adapters ----
 
 
 def load_peft(folder: str | os.PathLike[str]) -> tuple[SoftPrompt | PrefixKV, dict[str, Any]]:
-    """(prompt, configuration) of an adapter that PEFT saved, or `save_peft`: PROMPT_TUNING, P_TUNING or PREFIX_TUNING.
+    """(prompt, configuration) of an adapter that PEFT saved, or `save_peft`: PROMPT_TUNING, P_TUNING, PREFIX_TUNING or
+    CARTRIDGE (whose first tokens are `PrefixKV`'s frozen ones).
 
     P_TUNING and a reparameterised prefix are what their encoder gave, as PEFT saves them. Nothing in the folder is code.
 
@@ -223,13 +326,14 @@ def load_peft(folder: str | os.PathLike[str]) -> tuple[SoftPrompt | PrefixKV, di
     if set(tensors) != {KEY}:
         raise CheckpointError(f"{folder / PAYLOAD}: expected the tensor {KEY} alone, got {sorted(tensors)}")
     rows, tokens = tensors[KEY], config["num_virtual_tokens"]
-    width = config["token_dim"] * (1 if kind in _PROMPTS else 2 * config["num_layers"])
+    width = config["token_dim"] * (1 if kind not in _PREFIXES else 2 * config["num_layers"])
     if tuple(rows.shape) != (tokens, width) or not rows.is_floating_point():
         raise CheckpointError(f"{folder / PAYLOAD}: expected {KEY} [{tokens}, {width}], got {list(rows.shape)} {rows.dtype}")
-    if kind in _PROMPTS:
+    if kind not in _PREFIXES:
         prompt: SoftPrompt | PrefixKV = SoftPrompt(tokens, width, init=rows)
     else:
-        prompt = PrefixKV.from_flat(rows, config["num_layers"], config["num_attention_heads"])
+        frozen = config["num_frozen_tokens"] if kind == "CARTRIDGE" else 0
+        prompt = PrefixKV.from_flat(rows, config["num_layers"], config["num_attention_heads"], frozen=frozen)
     return prompt.to(rows.dtype), config
 
 
@@ -255,13 +359,15 @@ def save_peft(
     made = {"num_virtual_tokens": prompt.length, "token_dim": rows.shape[1], "peft_type": "PROMPT_TUNING"}
     if isinstance(prompt, PrefixKV):
         made = {"num_virtual_tokens": prompt.length, "peft_type": "PREFIX_TUNING", "num_layers": prompt.layers}
+        if prompt.frozen or (config is not None and config.get("peft_type") == "CARTRIDGE"):
+            made |= {"peft_type": "CARTRIDGE", "num_frozen_tokens": prompt.frozen}
         made |= {"token_dim": prompt.kv_heads * prompt.head_dim, "num_attention_heads": prompt.kv_heads}
     if config is None:
         common = {"base_model_name_or_path": base_model, "inference_mode": True, "num_transformer_submodules": 1}
         config = {**common, "auto_mapping": None, "task_type": task_type, **made}
     else:
         wrong = {name: config.get(name) for name in made if name != "peft_type" and config.get(name) != made[name]}
-        if wrong or (config.get("peft_type") == "PREFIX_TUNING") != isinstance(prompt, PrefixKV):
+        if wrong or (config.get("peft_type") in _PREFIXES) != isinstance(prompt, PrefixKV):
             raise bad("config", f"that of this prompt, {made}", wrong or config.get("peft_type"))
     _check(config, "config")
     text = json.dumps(config, indent=2, sort_keys=True).encode()
@@ -284,8 +390,8 @@ def _parsed(path: Path) -> dict[str, Any]:
 def _check(config: Mapping[str, Any], where: object) -> str:
     """The type of an adapter, after everything in its configuration that this package relies on."""
     kind = config.get("peft_type")
-    if kind not in _KINDS:
-        raise CheckpointError(f"{where}: expected peft_type {', '.join(_KINDS)}, got {kind!r}")
+    if kind not in _FILES:
+        raise CheckpointError(f"{where}: expected peft_type {', '.join(_FILES)}, got {kind!r}")
     if config.get("auto_mapping") is not None:
         got = str(config["auto_mapping"])[:80]
         raise CheckpointError(f"{where}: expected no auto_mapping, which names a class to import (set a task_type), got {got}")
@@ -294,12 +400,16 @@ def _check(config: Mapping[str, Any], where: object) -> str:
         raise CheckpointError(f"{where}: expected num_transformer_submodules 1 (no encoder-decoder), got {got!r}")
     if config.get("modules_to_save"):
         raise CheckpointError(f"{where}: expected no modules_to_save, got {config['modules_to_save']!r}")
-    names = ("num_virtual_tokens", "token_dim") + (("num_layers", "num_attention_heads") if kind == "PREFIX_TUNING" else ())
+    names = ("num_virtual_tokens", "token_dim") + (("num_layers", "num_attention_heads") if kind in _PREFIXES else ())
     for name in names:
         size = config.get(name)
         if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 1 << 31:
             raise CheckpointError(f"{where}: expected {name} as a positive number, got {size!r}")
-    if kind == "PREFIX_TUNING" and config["token_dim"] % config["num_attention_heads"]:
+    if kind in _PREFIXES and config["token_dim"] % config["num_attention_heads"]:
         got = f"{config['token_dim']} for {config['num_attention_heads']}"
         raise CheckpointError(f"{where}: expected token_dim as a multiple of num_attention_heads, got {got}")
+    if kind == "CARTRIDGE":
+        frozen, tokens = config.get("num_frozen_tokens"), config["num_virtual_tokens"]
+        if isinstance(frozen, bool) or not isinstance(frozen, int) or not 0 <= frozen < tokens:
+            raise CheckpointError(f"{where}: expected num_frozen_tokens from 0 to {tokens - 1}, got {frozen!r}")
     return kind
