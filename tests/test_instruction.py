@@ -455,7 +455,7 @@ def test_its_place():
     assert Instruction("w0").taxonomy == Demonstrations(EXAMPLES, TEMPLATE).taxonomy == place
     assert Demonstrations(EXAMPLES, TEMPLATE, groups=2).taxonomy.location is Location.HIDDEN
     assert ChainOfThought(THOUGHTS).taxonomy.alignment is Alignment.STRUCTURAL
-    assert "icl fixed raw input concatenative identity".split() in [line.split()[:6] for line in table().splitlines()]
+    assert ["icl", "fixed", "raw", "input", "concatenative", "identity"] in [line.split()[:6] for line in table().splitlines()]
 
 
 @pytest.mark.parametrize(
