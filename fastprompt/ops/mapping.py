@@ -573,6 +573,21 @@ def _column(longest: int, value: float) -> Tensor:
     return torch.full((longest,), value)
 
 
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    """x.index_select(1, index)."""
+    size = len(x) * len(index) * x.element_size()
+    if size < _runtime.LARGE or (x.requires_grad and torch.is_grad_enabled()):
+        return x.index_select(1, index)
+    return torch.index_select(x, 1, index, out=_runtime.in_huge_pages(x.new_empty(len(x), len(index))))
+
+
+def _zeros(like: Tensor, count: int) -> Tensor:
+    """[B, count]."""
+    if len(like) * count * like.element_size() < _runtime.LARGE:
+        return like.new_zeros(len(like), count)
+    return _runtime.in_huge_pages(like.new_empty(len(like), count)).zero_()
+
+
 def _forward_cpu(
     scores: Tensor, seg: Segments, map_id: Tensor | None, prior: Tensor | None, reduce: str, k: int | None,
     logarithms: bool, relative: bool, graph: bool,
@@ -585,11 +600,11 @@ def _forward_cpu(
     batch, classes, longest = len(scores), seg.num_classes, seg.longest
     plain = map_id is prior is None and not relative and len(seg.members) == classes * longest
     if plain and (reduce == "max" or (linear and reduce != "weighted")):
-        return _uniform(scores.index_select(1, seg.members).float(), classes, longest, reduce)
+        return _uniform(_columns(scores, seg.members).float(), classes, longest, reduce)
     plan = plan_of(seg)
     ragged = linear and plan.filled is not None and map_id is None and not graph
     read = seg.members if ragged else plan.table if map_id is None else plan.table[map_id]
-    x = (scores.index_select(1, read) if map_id is None else scores.gather(1, read)).float()
+    x = (_columns(scores, read) if map_id is None else scores.gather(1, read)).float()
     if prior is not None:
         x = x - prior[read]
     if relative:
@@ -661,7 +676,7 @@ def _backward_cpu(
         weighted = reduce == "weighted"
         if map_id is None and plan.rounds:
             g = F.pad(g if len(plan.rounds) > 1 or weighted else g.to(dtype), (0, 1))
-            d = g.index_select(1, plan.rounds[0])
+            d = _columns(g, plan.rounds[0])
             if weighted:
                 d = d * _source_weights(seg, 0)
             for r, reader in enumerate(plan.rounds[1:], 1):
@@ -673,7 +688,7 @@ def _backward_cpu(
             if weighted:
                 assert seg.weights is not None
                 each = each * seg.weights.float()
-            return g.new_zeros(batch, seg.num_source).index_add_(1, seg.members, each).to(dtype)
+            return _zeros(g, seg.num_source).index_add_(1, seg.members, each).to(dtype)
         each = g[..., None].expand(batch, classes, longest)
         if weighted:
             each = each * _table_weights(seg, plan, map_id)
@@ -682,15 +697,15 @@ def _backward_cpu(
             (at,) = saved
             place = at + torch.arange(0, classes * longest, longest)
             read = plan.table[place] if map_id is None else plan.table[map_id].gather(1, place)
-            return g.new_zeros(batch, seg.num_source).scatter_add_(1, read, g).to(dtype)
+            return _zeros(g, seg.num_source).scatter_add_(1, read, g).to(dtype)
         x, out = saved
         out = out.masked_fill(out == -torch.inf, 0)[..., None]
         each = (x - out).exp_().mul_(g[..., None])
     if map_id is None and plan.entry is not None:
-        return F.pad(each.reshape(batch, classes * longest), (0, 1)).index_select(1, plan.entry).to(dtype)
+        return _columns(F.pad(each.reshape(batch, classes * longest), (0, 1)), plan.entry).to(dtype)
     if plan.filled is not None:
         each = each.masked_fill(plan.filled if map_id is None else plan.filled[map_id], 0)
-    d, each = g.new_zeros(batch, seg.num_source), each.reshape(batch, classes * longest)
+    d, each = _zeros(g, seg.num_source), each.reshape(batch, classes * longest)
     return (d.index_add_(1, plan.table, each) if map_id is None else d.scatter_add_(1, plan.table[map_id], each)).to(dtype)
 
 
