@@ -274,7 +274,7 @@ def test_packed_sequences_each_see_the_prompt():
     handle.detach()
     model, prompt = model_of("MistralForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
     handle = fastprompt.attach(model, prompt)
-    with pytest.raises(Inexact, match="no packed sequences where attention has a window or a bias"):
+    with pytest.raises(Inexact, match="no packed sequences where attention has a window, a bias or a rescale"):
         model(ids, position_ids=torch.arange(T)[None], **packed)
     with pytest.raises(Inexact, match="no packed sequences where attention has a window"):
         model(ids, position_ids=places, use_cache=False)
