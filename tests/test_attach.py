@@ -376,12 +376,12 @@ def test_gradient_checkpointing_with_two_passes_before_a_backward():
     want = concatenated(model, prompts[0](), words()) + concatenated(model, prompts[1](), words())
     before = traces(model)
     handle = fastprompt.attach(model, prompts)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model.train()
     first = model(words()).logits
     handle.use(1)
     agree(first + model(words()).logits, want, handle)
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     handle.detach()
     assert traces(model)[0] == before[0]
 

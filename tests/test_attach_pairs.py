@@ -98,11 +98,14 @@ def by_hand(model, prefix: fnn.PrefixKV, name: str):
 
     transformers.AttentionInterface.register("by_hand", attention)
     transformers.AttentionMaskInterface.register("by_hand", transformers.masking_utils.eager_mask)
-    model.set_attn_implementation("by_hand")
+    sides = [model, *(part for part in model.modules() if isinstance(part, transformers.PreTrainedModel))]
+    for side in sides:
+        side.set_attn_implementation("by_hand")
     try:
         yield
     finally:
-        model.set_attn_implementation("sdpa")
+        for side in sides:
+            side.set_attn_implementation("sdpa")
 
 
 def in_a_cache(prefix: fnn.PrefixKV):
@@ -232,10 +235,10 @@ def test_checkpointing_and_half_precision():
         part.p = 0.0 if isinstance(part, nn.Dropout) else getattr(part, "p", None)
         if isinstance(getattr(part, "dropout", None), float):
             part.dropout = 0.0
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model.train()
     agree(run(model), want, handle)
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     handle.detach()
     model, single = copy.deepcopy(model_of("T5ForConditionalGeneration")).to(torch.bfloat16), copy.deepcopy(prefix).float()
     rival = run(model, past_key_values=in_a_cache(copy.deepcopy(prefix).to(torch.bfloat16)))

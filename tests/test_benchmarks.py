@@ -372,7 +372,9 @@ def test_this_tree_against_its_own_revision(tmp_path, interrupted):
     command = [sys.executable, "-m", "benchmarks", *TINY, *SHAPE, "--threads", "1", "--bound", "100", "--base", "HEAD"]
     command += ["--case", "label head + cross-entropy forward", "--json", str(tmp_path / "out.json")]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    # Where the tests run in the background, a child would ignore the interrupt that it is sent.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     while interrupted and not left():
         assert child.poll() is None
         time.sleep(0.1)

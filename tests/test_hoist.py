@@ -347,14 +347,17 @@ def test_a_static_cache_filled_in_two_pieces():
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_gradient_checkpointing(name):
-    """Backward runs the blocks again after the context was left: with the prefix, not without."""
+    """Backward runs the blocks again after the context was left (transformers before 5.23: inside): with the prefix."""
     model, prompt = frozen(CAUSAL[name]), double(fnn.SoftPrompt(P, WIDTH))
     want = concatenated(model, prompt(), tokens())
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model.train()
     with prefixed(model, hoist(model, prompt())):
         got = model(tokens()).logits
-    agree(got, want, prompt)
+        if not hasattr(model, "activation_checkpointing_enable"):
+            agree(got, want, prompt)
+    if hasattr(model, "activation_checkpointing_enable"):
+        agree(got, want, prompt)
     assert model.config._attn_implementation == "fastprompt"
     torch.testing.assert_close(model(tokens()).logits, frozen(CAUSAL[name])(tokens()).logits, rtol=1e-10, atol=1e-10)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastprompt.functional.checks import bad, check_labels
 from fastprompt.hoist.interface import NAME, Enough, Given, Inexact, KeyValue, Record, attention, mask
@@ -162,6 +163,7 @@ class Wiring:
         self.given: Sequence[Any] | None = None
         self.tokens: Tokens | None = None
         self.began = self.busy = False
+        self._passes: dict[tuple[int, int, int], tuple[StorageWeakRef, Any]] = {}
 
         config = self.base.config
         heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
@@ -229,12 +231,25 @@ class Wiring:
     def _before_block(self, place: int, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.tokens is not None:
             return with_rows(block, args, kwargs, self.tokens.deep, place)
-        if self.given is None or self.given[place] is None:
+        given = None if self.given is None else self.given[place]
+        if getattr(block, "gradient_checkpointing", False) and not torch.compiler.is_compiling():
+            given = self._seen_before(place, args[0] if args else kwargs["hidden_states"], given)
+        if given is None:
             return None
         name = NAME + "_cross" if self.to_cross else NAME
         if name in kwargs:
             raise ValueError(f"{type(block).__name__}: the model has a prefix already; leave that context first")
-        return args, {**kwargs, name: self.given[place]}
+        return args, {**kwargs, name: given}
+
+    def _seen_before(self, place: int, x: Tensor, given: Any) -> Any:
+        """What a block reads that backward runs again: transformers before 5.23 then calls this hook, on the very same input."""
+        key = place, x.data_ptr(), x._version
+        if torch._C._current_graph_task_id() != -1:
+            return self._passes[key][1] if key in self._passes else given
+        for old in [old for old, (storage, _) in self._passes.items() if storage.expired()] if place == 0 else []:
+            del self._passes[old]
+        self._passes[key] = StorageWeakRef(x.untyped_storage()), given
+        return given
 
     def _after_block(self, place: int, block: nn.Module, args: Any, out: Any) -> Any:
         if self.tokens is not None and place == len(self.blocks) - 1:

@@ -337,6 +337,8 @@ def prompt_gradient(g, x, rows, images, prompt, mask, index, norm, first, taps, 
     positions = channels * (pixels if final else pixels - hole)
     partial = out if final else torch.empty((splits, prompts, positions), dtype=torch.float32, device=g.device)
     samples = 1 if flags["SHARE"] == "sample" else launch.SAMPLES
+    if final and g.dtype == torch.float32:
+        samples = max(1, samples // 2)  # beside the slope of the squash, more do not fit into the registers of sm_100
     if partial.numel():
         prompt_gradient_kernel[(triton.cdiv(positions, launch.BLOCK) * prompts * max(splits, 1),)](
             g, x, rows, prompt, mask, index, norm, first, taps, partial,
