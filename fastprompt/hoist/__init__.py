@@ -111,8 +111,8 @@ def prefixed(
     """Every call of the model inside sees the prefix in front of its own keys; also `generate`, with any cache.
 
     Masks and labels are those of the samples alone, without columns for the prefix. With gradient checkpointing the model
-    keeps this attention function afterwards (without a prefix it is plain attention), because backward runs blocks again; with transformers before 5.23 it has to run
-    inside.
+    keeps this attention function afterwards (without a prefix it is plain attention), because backward runs blocks again;
+    with transformers before 5.23 it has to run inside.
 
     Args:
         model: a model of transformers.
