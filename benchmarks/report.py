@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import goals
+from . import goals, pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("correctness", "kernels", "steps", "memory", "sanitizer", "ncu")
@@ -51,6 +51,33 @@ _MAPPING = (
     "label head + cross-entropy both B=64 V=50257 d=1024 K=32", "count forward N=50000 S=1000 T=10",
     "count top-k forward N=15880 S=8100 T=397", "match forward S=8100 T=100", "match forward S=32157 T=397",
 )  # fmt: skip
+# What the picture shows: a case and the rival that somebody would otherwise run.
+_PICTURE = (
+    (
+        "perturbation",
+        "pad forward B=256 3x32->224",
+        "plain",
+        "256 uint8 images to a model input;\nbest plain PyTorch",
+    ),
+    ("perturbation", "pad forward B=256 3x32->224", "eager", "the same; the public repositories' chain"),
+    (
+        "attention",
+        "decode forward B=16 H=8/8 T=1 S=1 P=1024 D=64",
+        "concat",
+        "decoding, prefix of 1024; copied prefix",
+    ),
+    (
+        "reprogrammed",
+        "vpt-deep both ViT-384/16 L=12 B=16 P=50",
+        "tokens",
+        "VPT-deep step, P=50; tokens in every sample",
+    ),
+    ("reprogrammed", "soft prompt both Llama L=8 d=384 V=32000 B=16 T=64 P=100", "peft", "soft prompt step, P=100; PEFT"),
+    ("clip", "CoOp both C=50 M=16", "77 tokens", "CoOp text side, 50 classes;\n77 tokens a class"),
+    ("mapping", "label head + cross-entropy both B=64 V=50257 d=1024 K=32", "full head", "32 label words of 50,257; full head"),
+    ("mapping", "count forward N=50000 S=1000 T=10", "loops", "label counts of an epoch; public loops"),
+    ("mapping", "match forward S=32157 T=397", "repeated argmax", "label matching; repeated arg-max"),
+)
 _PUBLIC = ("loops", "full head", "repeated argmax", "eager")
 
 
@@ -294,6 +321,34 @@ def _gpu_part(found: dict[str, Any] | None) -> str:
     return "\n\n".join(parts)
 
 
+# ---- The picture ----
+
+
+def draw(results: Results, path: Path) -> None:
+    """What fastprompt is faster than, and by how much, on a CPU."""
+    plt = pictures.pyplot()
+    plt.rcParams["svg.hashsalt"] = "fastprompt"  # the same file from the same results
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    cases = [results.case(family, words) for family, words, _, _ in _PICTURE]
+    gains = [case["speedup"][rival] for case, (_, _, rival, _) in zip(cases, _PICTURE, strict=True)]
+    axes.barh(range(len(gains)), [gain - 1 for gain in gains], left=1, color=pictures.COLOURS[0])
+    for place, (case, gain) in enumerate(zip(cases, gains, strict=True)):
+        axes.text(gain, place, f" {ratio(gain)}x (noise {case['noise']:.0%})", va="center", fontsize=7)
+    axes.set_yticks(range(len(gains)), [label for *_, label in _PICTURE], fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(0.9, 4 * max(gains))
+    axes.xaxis.set_major_formatter("{x:g}x")
+    first = results.files[results.of[goals.title(cases[0]).strip()]]["conditions"]
+    axes.set_xlabel(
+        f"the rival's time over fastprompt's, float32; {first['device']}, one thread, torch {first['torch']}, {first['date'][:10]}\n"
+        "docs/performance.md has every case, the losses too", fontsize=7,
+    )  # fmt: skip
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
 # ---- The command ----
 
 
@@ -308,6 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the files; with --check, 1 when one differs from what the results say."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when a file is not what the results say")
+    parser.add_argument("--plot", action="store_true", help="also draw docs/speed.svg (needs matplotlib)")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -324,6 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             print(f"written: {path}")
+    if options.plot:
+        draw(Results(options.results), options.root / "docs" / "speed.svg")
     if differ:
         print("run `python -m benchmarks.report`", file=sys.stderr)
     return differ
