@@ -341,8 +341,9 @@ def draw(results: Results, path: Path) -> None:
     axes.set_xlim(0.9, 4 * max(gains))
     axes.xaxis.set_major_formatter("{x:g}x")
     first = results.files[results.of[goals.title(cases[0]).strip()]]["conditions"]
+    day = first["date"][:10]
     axes.set_xlabel(
-        f"the rival's time over fastprompt's, float32; {first['device']}, one thread, torch {first['torch']}, {first['date'][:10]}\n"
+        f"the rival's time over fastprompt's, float32; {first['device']}, one thread, torch {first['torch']}, {day}\n"
         "docs/performance.md has every case, the losses too", fontsize=7,
     )  # fmt: skip
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
