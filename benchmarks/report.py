@@ -1,7 +1,7 @@
 """`python -m benchmarks.report`: the tables of README.md and docs/performance.md, made from the files under results/.
 
 README.md holds blocks between `<!-- table: NAME -->` and `<!-- /table -->`; what is between is written by `BLOCKS[NAME]` and
-never by hand. CPU results are cpu.json and cpu_<family>.json: a case that several files have counts from the newest. GPU results
+never by hand. CPU results are cpu.json and cpu_<family>*.json: a case that several files have counts from the newest. GPU results
 are results/gpu_<part>.json. `--check` writes nothing and fails when a file is not what the results say.
 """
 
@@ -73,7 +73,7 @@ _PICTURE = (
         "VPT-deep step, P=50; tokens in every sample",
     ),
     ("reprogrammed", "soft prompt both Llama L=8 d=384 V=32000 B=16 T=64 P=100", "peft", "soft prompt step, P=100; PEFT"),
-    ("clip", "CoOp both C=50 M=16", "77 tokens", "CoOp text side, 50 classes;\n77 tokens a class"),
+    ("clip", "CoOp both C=50 M=16 d=512 L=12", "77 tokens", "CoOp text side, 50 classes;\n77 tokens a class"),
     ("mapping", "label head + cross-entropy both B=64 V=50257 d=1024 K=32", "full head", "32 label words of 50,257; full head"),
     ("mapping", "count forward N=50000 S=1000 T=10", "loops", "label counts of an epoch; public loops"),
     ("mapping", "match forward S=32157 T=397", "repeated argmax", "label matching; repeated arg-max"),
@@ -90,7 +90,10 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.files = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         families = {name: {result["family"] for result in found.get("results", ())} for name, found in self.files.items()}
-        cpu = [name for name, found in families.items() if name == "cpu.json" or found == {name[len("cpu_") : -len(".json")]}]
+        cpu = [
+            name for name, found in families.items()
+            if name == "cpu.json" or (len(found) == 1 and name.startswith(f"cpu_{next(iter(found))}"))
+        ]  # fmt: skip
         self.cpu = sorted(cpu, key=lambda name: self.files[name]["conditions"]["date"])
         self.gpu = {
             part: found for part in PARTS if (found := self.files.get(f"gpu_{part}.json")) is not None and not found.get("dry")
