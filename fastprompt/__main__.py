@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "profile":
         if not os.path.isfile(options.script):
             profile.error(f"script: expected a Python file, got {options.script!r}")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its profiler talks to stderr
         from fastprompt.profiling import TooFewSteps, run_script
 
         measured = ("samples", "tokens", "steps", "warmup", "out")
