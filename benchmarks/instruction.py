@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastprompt.instruction import Demonstrations, Instructed
 
-from .reprogrammed import Models, _transformers
+from .reprogrammed import Models, _transformers, llama_like
 from .suite import Case, Form, Inputs
 
 WIDTH, LAYERS, VOCABULARY = 384, 8, 32000
@@ -38,15 +38,7 @@ class Numbers:
 
 @functools.cache
 def _models(dtype: torch.dtype) -> Models:
-    def make() -> Any:
-        transformers = _transformers()
-        config = transformers.LlamaConfig(
-            hidden_size=WIDTH, intermediate_size=1024, num_hidden_layers=LAYERS, num_attention_heads=6, num_key_value_heads=2,
-            vocab_size=VOCABULARY,
-        )  # fmt: skip
-        return transformers.LlamaForCausalLM(config)
-
-    return Models(make, dtype)
+    return Models(functools.partial(llama_like, WIDTH, LAYERS, VOCABULARY), dtype)
 
 
 def _contexts(count: int, length: int) -> Tensor:

@@ -148,19 +148,19 @@ def vpt_deep(width: int, layers: int, batch: int, length: int, dtype: torch.dtyp
 # ---- Soft prompts in a causal model ----
 
 
+def llama_like(width: int, layers: int, vocabulary: int) -> Any:
+    transformers = _transformers()
+    config = transformers.LlamaConfig(
+        hidden_size=width, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=vocabulary,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
 def soft_prompt(batch: int, queries: int, length: int, dtype: torch.dtype) -> Case:
     """Llama-like, 8 layers, width 384, 6 heads on 2, V = 32,000: cross-entropy of the last two tokens, and its gradient."""
     width, layers, vocabulary, answer = 384, 8, 32000, 2
-
-    def make() -> Any:
-        transformers = _transformers()
-        config = transformers.LlamaConfig(
-            hidden_size=width, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=2,
-            vocab_size=vocabulary,
-        )  # fmt: skip
-        return transformers.LlamaForCausalLM(config)
-
-    models = Models(make, dtype)
+    models = Models(partial(llama_like, width, layers, vocabulary), dtype)
     made: dict[str, Any] = {}
 
     def inputs(generator: torch.Generator, device: torch.device) -> Inputs:

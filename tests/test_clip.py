@@ -13,6 +13,7 @@ import fastprompt
 from fastprompt import clip as clip_module
 from fastprompt.clip import ConditionalPrompts, ContextPrompts, CoupledPrompts, ImageFeatures, ZeroShot, tokenize
 from fastprompt.taxonomy import Alignment, Format, Location, Operator, Place
+from tests.test_hoist import far_from_uniform
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -34,13 +35,7 @@ def model_of(eos: int = EOT, layers: tuple[int, int] = (3, 4)) -> transformers.C
         vision_config=both | vision | {"num_hidden_layers": layers[1]},
         projection_dim=DIM,
     )
-    model = transformers.CLIPModel(config).double().eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=0.25)
-        elif name.endswith("bias"):
-            parameter.data.normal_(std=0.1)
-    return model
+    return far_from_uniform(transformers.CLIPModel(config).double().eval().requires_grad_(False))
 
 
 def ids_of(names: list[list[int]], length: int = 9) -> Tensor:

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch._dynamo.backends.debugging import aot_eager
 
 import fastprompt
-from fastprompt import _runtime, functional
+from fastprompt import functional
 from fastprompt import nn as fnn
 from fastprompt.data import DeviceDataset, Rows
 from fastprompt.functional import perturb
@@ -20,13 +20,9 @@ from fastprompt.training import evaluate, fit, refresh
 from fastprompt.tuning.perturbation import Launch
 from tests.cases import BF16, U8, Case, call, covering, gradient, run, tensors
 from tests.compare import check_bits, memory
-from tests.test_perturbation import ALL, LAYOUT_CASES, LAYOUTS
+from tests.test_perturbation import ALL, IMPLS, LAYOUT_CASES, LAYOUTS, TRITON, needs_triton
 from tests.test_trains import data as samples
 from tests.test_trains import make
-
-needs_triton = pytest.mark.skipif(not _runtime.HAS_TRITON, reason="needs Triton")
-TRITON = pytest.param("triton", marks=needs_triton)
-IMPLS = ("auto", TRITON)
 
 
 @pytest.fixture

@@ -70,6 +70,11 @@ def frozen(make, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = make(**options).double().eval().requires_grad_(False)
+    return far_from_uniform(model)
+
+
+def far_from_uniform(model):
+    """The model, with random weights that make its attention so."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(std=0.25)
