@@ -437,6 +437,8 @@ class ZeroShot(_Classes):
         tokens: int64 [C, L], or [T, C, L] for T templates, as `tokenize` gives them.
     """
 
+    taxonomy = Place(Format.FIXED, Location.RAW, Operator.CONCATENATIVE, Alignment.IDENTITY)
+
     def __init__(self, clip: nn.Module, tokens: Tensor) -> None:
         super().__init__(clip)
         text = _text(clip)
@@ -445,10 +447,6 @@ class ZeroShot(_Classes):
         if not layouts:
             raise bad("tokens", "[T, C, L] for at least one template", list(tokens.shape))
         self.texts, self.num_classes = nn.ModuleList(layouts).to(text.words.device), layouts[0].count
-
-    @property
-    def taxonomy(self) -> Place:
-        return Place(Format.FIXED, Location.RAW, Operator.CONCATENATIVE, Alignment.IDENTITY)
 
     def _encode(self, text: _Text) -> Tensor:
         each = [layout(text)[0] for layout in self.texts]
@@ -482,6 +480,8 @@ class ContextPrompts(_Classes):
             another width.
     """
 
+    taxonomy = Place(Format.LEARNABLE, Location.EMBEDDING, Operator.CONCATENATIVE, Alignment.IDENTITY)
+
     def __init__(
         self, clip: nn.Module, tokens: Tensor, *, context: int | Tensor = 16, position: str = "end", per_class: bool = False,
         ending: int = 1, checkpointing: bool = False,
@@ -504,10 +504,6 @@ class ContextPrompts(_Classes):
             ahead = length if position == "end" else length // 2 if position == "middle" else 0
             made.append([ids[0], *slots[:ahead], *ids[1:cut], *slots[ahead:], *ids[cut:]])
         self.texts = _Rows(made, len(text.positions)).to(text.words.device)
-
-    @property
-    def taxonomy(self) -> Place:
-        return Place(Format.LEARNABLE, Location.EMBEDDING, Operator.CONCATENATIVE, Alignment.IDENTITY)
 
     def _encode(self, text: _Text) -> Tensor:
         return self.texts(text, self.context.flatten(0, -2)[None], again=self.again)[0]
@@ -588,6 +584,8 @@ class CoupledPrompts(_Classes):
         prompt: Parameter [J, M, text width]; maps: J linear maps to the width of the vision side.
     """
 
+    taxonomy = Place(Format.LEARNABLE, Location.HIDDEN, Operator.CONCATENATIVE, Alignment.IDENTITY)
+
     def __init__(
         self, clip: nn.Module, tokens: Tensor, *, context: int | Tensor = 2, depth: int = 9, checkpointing: bool = False
     ) -> None:
@@ -606,10 +604,6 @@ class CoupledPrompts(_Classes):
         slots = [-(1 + j) for j in range(len(start))]
         made = [[ids[0], *slots, *ids[1:]] for ids in names]
         self.texts = _Rows(made, len(text.positions)).to(text.words.device)
-
-    @property
-    def taxonomy(self) -> Place:
-        return Place(Format.LEARNABLE, Location.HIDDEN, Operator.CONCATENATIVE, Alignment.IDENTITY)
 
     def _encode(self, text: _Text) -> Tensor:
         return self.texts(text, self.prompt[:1], self.prompt[1:].unbind(0), self.again)[0]

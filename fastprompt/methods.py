@@ -2,7 +2,7 @@
 
     model = build("ilm-vp", frozen, canvas=224, image_size=32, num_source=1000, num_classes=10, mean=..., std=...)
 
-`fastprompt methods` prints them with their place in the taxonomy.
+`fastprompt methods` prints them with their place in the taxonomy, then those that `build` does not make, with what makes them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,31 @@ from typing import Any
 
 from torch import nn
 
-from fastprompt.instruction import ChainOfThought, Demonstrations, Instruction
+from fastprompt.clip import ConditionalPrompts, ContextPrompts, CoupledPrompts, ZeroShot
+from fastprompt.instruction import ChainOfThought, Demonstrations
 from fastprompt.nn import (
     AttributeMap,
     BayesianMap,
+    ContextualCalibration,
+    DeepPrompt,
     DescriptionMap,
+    EmbeddingMap,
     FramePrompt,
+    GeneratedPrompt,
+    KnowledgeableVerbalizer,
     LabelMap,
     LinearMap,
     MaskedPrompt,
     PaddedPrompt,
     PatchPrompt,
+    PrefixKV,
+    PromptTokens,
+    PrototypeAttention,
+    PrototypicalVerbalizer,
     SeriesPrompt,
+    SoftPrompt,
+    SoftVerbalizer,
+    Verbalizer,
 )
 from fastprompt.reprogram import Reprogrammed
 from fastprompt.taxonomy import Place
@@ -138,13 +151,43 @@ METHODS = {
     )
 }
 
-_TWO = [{"text": 0, "label": 0}] * 2
-# Of text: `on(model, tokenizer)` makes them, not `build`. An example, what it does, where it comes from.
-INSTRUCTIONS: dict[str, tuple[Instruction, str, str]] = {
-    "icl": (Demonstrations(_TWO, "{text}{label}"), "instruction.Demonstrations", "Brown et al. 2020, arXiv 2005.14165"),
-    "structured": (Demonstrations(_TWO, "{text}{label}", groups=2), "groups side by side", "Hao et al. 2022, arXiv 2212.06713"),
-    "cot": (ChainOfThought(), "instruction.ChainOfThought", "Wei et al. 2022, arXiv 2201.11903"),
-}
+
+def elsewhere() -> dict[str, tuple[Any, str, str]]:
+    """What `build` does not make: something that has its place, what makes it, where it comes from.
+
+    A function, as examples draw random numbers.
+    """
+    two, words = [{"text": 0, "label": 0}] * 2, [[[0]], [[1]]]
+    return {
+        "dam-vp": (FramePrompt(8, None, prompts=2), "nn.FramePrompt, a prompt a cluster", "Huang et al. 2023, arXiv 2303.08138"),
+        "blackvip": (GeneratedPrompt(8, nn.Identity()), "nn.GeneratedPrompt", "Oh et al. 2023, arXiv 2303.14773"),
+        "r2dl": (EmbeddingMap(1, 1), "nn.EmbeddingMap", "Vinod et al. 2020, arXiv 2012.03460"),
+        "time-llm": (PrototypeAttention(1, 1, 1), "nn.PrototypeAttention", "Jin et al. 2024, arXiv 2310.01728"),
+        "p-tuning": (PromptTokens(1, 1, reparameterise="lstm"), "nn.PromptTokens", "Liu et al. 2021, arXiv 2103.10385"),
+        "mpt": (PromptTokens(1, 1, prompts=2, rank=1), "nn.PromptTokens with a rank", "Wang et al. 2023, arXiv 2303.02861"),
+        "prompt-tuning": (SoftPrompt(1, 1), "nn.SoftPrompt with attach", "Lester et al. 2021, arXiv 2104.08691"),
+        "prefix-tuning": (PrefixKV(1, 1, 1, 1, hidden=1), "nn.PrefixKV with attach", "Li & Liang 2021, arXiv 2101.00190"),
+        "p-tuning-v2": (PrefixKV(1, 1, 1, 1), "nn.PrefixKV with attach", "Liu et al. 2022, arXiv 2110.07602"),
+        "cartridge": (PrefixKV(1, 1, 2, 1, frozen=1), "nn.PrefixKV from a cache", "Eyuboglu et al. 2025, arXiv 2506.06266"),
+        "vpt-deep": (DeepPrompt(1, 1, 1), "nn.DeepPrompt with attach", "Jia et al. 2022, arXiv 2203.12119"),
+        "vpt-shallow": (SoftPrompt(1, 1), 'attach(fallback="tokens")', "Jia et al. 2022, arXiv 2203.12119"),
+        "zero-shot": (ZeroShot, "clip.ZeroShot", "Radford et al. 2021, arXiv 2103.00020"),
+        "coop": (ContextPrompts, "clip.ContextPrompts", "Zhou et al. 2022, arXiv 2109.01134"),
+        "cocoop": (ConditionalPrompts, "clip.ConditionalPrompts", "Zhou et al. 2022, arXiv 2203.05557"),
+        "maple": (CoupledPrompts, "clip.CoupledPrompts", "Khattak et al. 2023, arXiv 2210.03117"),
+        "icl": (Demonstrations(two, "{text}{label}"), "instruction.Demonstrations", "Brown et al. 2020, arXiv 2005.14165"),
+        "structured": (
+            Demonstrations(two, "{text}{label}", groups=2),
+            "groups side by side",
+            "Hao et al. 2022, arXiv 2212.06713",
+        ),
+        "cot": (ChainOfThought(), "instruction.ChainOfThought", "Wei et al. 2022, arXiv 2201.11903"),
+        "pet": (Verbalizer(words, 2), "nn.Verbalizer", "Schick & Schuetze 2021, arXiv 2001.07676"),
+        "kpt": (KnowledgeableVerbalizer(words, 2), "nn.KnowledgeableVerbalizer", "Hu et al. 2022, arXiv 2108.02035"),
+        "warp": (SoftVerbalizer(1, 1), "nn.SoftVerbalizer", "Hambardzumyan et al. 2021, arXiv 2101.00121"),
+        "protoverb": (PrototypicalVerbalizer(1, 1), "nn.PrototypicalVerbalizer", "Cui et al. 2022, arXiv 2203.09770"),
+        "calibration": (ContextualCalibration(1), "nn.ContextualCalibration", "Zhao et al. 2021, arXiv 2102.09690"),
+    }
 
 
 def build(
@@ -163,7 +206,8 @@ def build(
         options: of the method's input module: canvas and image_size (or length and series_length), mean, std, ...
     """
     if name not in METHODS:
-        raise ValueError(f"name: expected one of {', '.join(METHODS)}, got {name!r}")
+        other = elsewhere().get(name)
+        raise ValueError(f"name: expected one of {', '.join(METHODS)}, got {name!r}" + (f", see {other[1]}" if other else ""))
     method = METHODS[name]
     outputs = None
     if method.labels is not None:
@@ -178,7 +222,7 @@ def table() -> str:
     head = ("method", "format", "location", "operator", "alignment", "what it does", "paper")
     rows = [head]
     found = [(method.name, method.place(), method.summary, method.paper) for method in METHODS.values()]
-    found += [(name, example.taxonomy, summary, paper) for name, (example, summary, paper) in INSTRUCTIONS.items()]
+    found += [(name, example.taxonomy, summary, paper) for name, (example, summary, paper) in elsewhere().items()]
     for name, place, *more in found:
         rows.append((name, *("-" if part is None else part.value for part in vars(place).values()), *more))  # type: ignore[arg-type]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import fastprompt
 from fastprompt import CheckpointError, Reprogrammed, build, checkpoint
 from fastprompt import nn as fnn
-from fastprompt.methods import METHODS, table
+from fastprompt.methods import METHODS, elsewhere, table
 from fastprompt.taxonomy import Alignment, Format, Location, Operator, Place
 
 SOURCES, CLASSES, CANVAS = 12, 4, 16
@@ -222,7 +223,23 @@ def test_methods_by_name(name):
     assert f"\n{name} " in table()
 
 
+def test_the_table_says_what_makes_the_methods_that_build_does_not():
+    others = elsewhere()
+    assert not set(others) & set(METHODS)
+    lines = {line.split()[0]: line for line in table().splitlines()}
+    for name, (example, made_by, paper) in others.items():
+        place = [part for part in vars(example.taxonomy).values() if part is not None]
+        assert place
+        assert all(part.value in lines[name] for part in place)
+        assert lines[name].endswith(paper)
+        home = made_by.split()[0].strip(",").split(".")  # "nn.SoftPrompt with attach"
+        if len(home) == 2 and home[0] in ("nn", "clip", "instruction"):
+            assert getattr(getattr(fastprompt, home[0]), home[1]) in (example, type(example)), name
+
+
 def test_methods_say_what_is_wrong():
+    with pytest.raises(ValueError, match=r"name: expected one of rlm-vp, .*got 'vpt-deep', see nn.DeepPrompt with attach"):
+        build("vpt-deep", frozen_model())
     with pytest.raises(ValueError, match=r"name: expected one of rlm-vp, .*got 'ilm'"):
         build("ilm", frozen_model())
     with pytest.raises(ValueError, match=r"num_source, num_classes: expected both for ilm-vp"):
