@@ -218,7 +218,7 @@ def test_what_checkpointing_refuses():
     model, prompt = Tower(Block).double(), deep()
     handle = fastprompt.attach(model, prompt)
     model.blocks_a_checkpoint, model.reentrant = 1, True
-    with pytest.raises(Inexact, match="run without a graph inside a model that makes one; .* say use_reentrant=False"):
+    with pytest.raises(Inexact, match=r"run without a graph inside a model that makes one; .* say use_reentrant=False"):
         model(rows())
     with torch.no_grad():
         model(rows())
@@ -235,7 +235,7 @@ def test_what_checkpointing_refuses():
     with pytest.raises(Inexact, match="two runs of the model in one checkpoint"):
         checkpoint(lambda x: model(x) + model(x), rows().requires_grad_(), use_reentrant=False)
     model.blocks_a_checkpoint = 1
-    with pytest.raises(Inexact, match="run again by backward.*not inside another checkpoint"):
+    with pytest.raises(Inexact, match=r"run again by backward.*not inside another checkpoint"):
         checkpoint(model, rows().requires_grad_(), use_reentrant=False).sum().backward()
     handle.detach()
 

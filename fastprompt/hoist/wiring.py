@@ -286,11 +286,20 @@ class Wiring:
             return out
 
         def place(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.moved}
+            positions = kwargs["position_ids"]
+            if isinstance(self.moved, Tensor):  # the table knows of no samples
+                positions = (positions + self.moved.to(positions.device)).flatten()
+            else:
+                positions = positions + self.moved
+            return args, {**kwargs, "position_ids": positions}
+
+        def placed(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return out.reshape(len(self.moved), -1, out.shape[-1]) if isinstance(self.moved, Tensor) else out
 
         with self.attention(), ExitStack() as hooks:
             if self.table is not None:
                 hooks.callback(self.table.register_forward_pre_hook(place, with_kwargs=True).remove)
+                hooks.callback(self.table.register_forward_hook(placed).remove)
             hooks.callback(self.base.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(self.base.register_forward_hook(after).remove)
             yield
@@ -346,11 +355,9 @@ class Wiring:
             return 0  # what is there has no positions, or counts distances
         moves = not (isinstance(shift, int) and shift == 0)
         if moves and not _takes_positions(self.base) and _is_causal(self.blocks[0]):
-            name = type(self.base).__name__
             if self.table is None:
+                name = type(self.base).__name__
                 raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
-            if isinstance(shift, Tensor):
-                raise Inexact(f"{name}: one position for all samples, so no prompts of several lengths and none for some")
         return shift
 
     def shallow(self, prompt: Tensor, model: nn.Module | None = None, **inputs: Any) -> tuple[Hoisted, Any]:
