@@ -291,6 +291,10 @@ def test_what_pairs_refuse():
     with pytest.raises(ValueError, match=r"call detach\(\) on its handle first"):
         fastprompt.attach(t5, prefix_of(), part="decoder.cross")
     handle.detach()
+    handle = fastprompt.attach(t5, prefix_of(), part="encoder")
+    with pytest.raises(Inexact, match="T5Stack: a bias by distance in the row, which knows of no packed sequences"):
+        t5.encoder(source(), cu_seq_lens_q=torch.tensor([0, S]))
+    handle.detach()
     handle = fastprompt.attach(bart, prefix_of(length=27), part="decoder")
     with pytest.raises(ValueError, match=r"prompt: expected at most the 32 positions of .*embed_positions, got 27 and the 7"):
         run(bart)

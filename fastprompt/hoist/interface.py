@@ -41,13 +41,15 @@ class Given:
     to_cross: bool = False  # which alone reads this, or which alone does not
     relative: nn.Module | None = None  # T5's attention with the table of biases by distance
     rescale: float = 1.0  # of the weights exp(score) of a sample's own keys
-    padding: Tensor | None = None  # [B], how many of the tokens in between are none, for windows that do not count them
+    places: Tensor | None = None  # [B, T], of the queries behind the prefix, where the model is told them
+    number: Tensor | None = None  # [T], whose prefix among a sample's several each query reads (packed sequences)
 
     def beside(self, key: Tensor) -> Given:
         """On the device, and in the dtype, of a layer's own keys."""
-        counts = [None if part is None else part.to(key.device) for part in (self.which, self.lengths, self.padding)]
+        names = ("which", "lengths", "places", "number")
+        counts = {name: part.to(key.device) for name in names if (part := getattr(self, name)) is not None}
         keys, values = (part.to(key.device, key.dtype) for part in (self.keys, self.values))
-        return replace(self, keys=keys, values=values, which=counts[0], lengths=counts[1], padding=counts[2])
+        return replace(self, keys=keys, values=values, **counts)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,32 @@ def attention(
         names |= {"max_seqlen": "max_length_q", "max_seqlen_k": "max_length_k"}
         packed = {name: others.get(theirs) for name, theirs in names.items()}
     causal, softcap = causal and query.shape[2] > 1, others.get("softcap")
+    window = others.get("sliding_window") if given is None else given.window
+    if packed is not None and window:
+        longest, before = packed["max_seqlen_k"], 0 if given is None else given.keys.shape[2]
+        if isinstance(longest, int) and before + longest <= window:
+            given = None if given is None else replace(given, window=None)
+        else:
+            given, attention_mask = _apart(query, key, given, others["cu_seq_lens_q"], window, causal)
+            packed = None
     out = attend(query, key, value, given, attention_mask, causal, scaling, softcap, position_bias, packed)
     return out.transpose(1, 2), None
+
+
+def _apart(
+    query: Tensor, key: Tensor, given: Given | None, starts: Tensor, window: int, causal: bool
+) -> tuple[Given | None, Tensor]:
+    """Packed sequences in windows by a whole mask [1, 1, T, T], and where each query is in its own sequence."""
+    if query.shape[2] != key.shape[2] or not (causal or query.shape[2] == 1):
+        raise Inexact("cu_seq_lens_q: expected causal attention without a cache where attention has a window, got another")
+    place = torch.arange(query.shape[2], device=query.device)
+    starts = starts.to(place)
+    number = torch.bucketize(place, starts[1:], right=True)
+    back = place[:, None] - place
+    seen = (number[:, None] == number) & (back >= 0) & (back < window)
+    if given is not None:
+        given = replace(given, places=(place - starts[number])[None], number=number)
+    return given, seen[None, None]
 
 
 def attend(
@@ -130,7 +156,7 @@ def attend(
         near = width + given.past + queries <= given.window  # type: ignore[union-attr, operator]
     rescale = 1.0 if given is None else given.rescale
     if packed is not None and not (near and bias is None and rescale == 1):
-        raise Inexact("cu_seq_lens_q: expected no packed sequences where attention has a window, a bias or a rescale, got some")
+        raise Inexact("cu_seq_lens_q: expected no packed sequences where attention has a bias or a rescale, got some")
     if near and bias is None and (mask is None or mask.shape[1:3] == (1, 1) or packed is not None):
         options = {} if packed is None else dict(packed)
         if mask is not None and packed is None:
@@ -174,18 +200,24 @@ def _attend_masked(
         mask = mask & torch.ones((queries, key.shape[2]), dtype=torch.bool, device=device).tril(key.shape[2] - queries)
     bias = None if bias is None else bias[..., : mask.shape[3]]
     if given is not None:
-        index = given.which[:, None] if given.which is not None and given.which.dim() == 1 else given.which
+        index = given.which
+        if index is not None and index.dim() == 1:
+            index = index[:, None] if given.number is None else index[None]
+        width = given.keys.shape[2]
         columns, there = prefix_columns(given.keys, index, given.lengths, batch)
         values, _ = prefix_columns(given.values, index, given.lengths, batch)
         seen = there[:, None, None].expand(-1, 1, queries, -1)
+        if given.number is not None and index is not None:
+            seen = seen & (torch.arange(seen.shape[3], device=device) // width == given.number[:, None])
         if given.window is not None or given.relative is not None:
-            if index is not None and index.shape[1] > 1:
+            if given.number is None and index is not None and index.shape[1] > 1:
                 raise Inexact("index: expected one prefix a sample where attention counts positions, got several")
-            place = torch.arange(there.shape[1], device=device)
-            ahead = there.sum(1)[:, None, None] - place + given.past + torch.arange(queries, device=device)[:, None]
+            place = torch.arange(there.shape[1], device=device) % width
+            counts = there.unflatten(1, (-1, width)).sum(2)
+            counts = counts if given.number is None or index is None else counts[:, given.number]
+            own = given.past + torch.arange(queries, device=device) if given.places is None else given.places
+            ahead = (counts + own)[..., None] - place
             if given.window is not None:
-                if given.padding is not None:
-                    ahead = ahead - given.padding[:, None, None]
                 seen = seen & (ahead < given.window)[:, None]
         if bias is not None:
             front = bias.new_zeros(()).expand(1, bias.shape[1], queries, there.shape[1])

@@ -35,7 +35,6 @@ class Reading:
     lengths: Tensor | None = None
     offset: int | Tensor | None = None
     rescale: float = 1.0
-    padding: Tensor | None = None
 
 
 # ---- The model's parts ----
@@ -313,14 +312,14 @@ class Wiring:
             self.tokens, self.began = prefix, not _past(kwargs)
             return kwargs if prefix.shallow is None else in_front(base, prefix.shallow, kwargs, self.began)
         shift, past, starts = self.shift(reading), _past(kwargs), kwargs.get("cu_seq_lens_q")
+        if starts is not None and self.biased:
+            raise Inexact(f"{type(base).__name__}: a bias by distance in the row, which knows of no packed sequences")
         if starts is not None and kwargs.get("position_ids") is None:
             raise bad("position_ids", "each sequence's own positions, beside cu_seq_lens_q", None)
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
-        if any(self.windows):
-            _check_packing(kwargs)
         given = partial(
             Given, which=reading.index, lengths=reading.lengths, past=past, to_cross=self.to_cross, rescale=reading.rescale,
-            padding=reading.padding,
+            places=_places(kwargs, past) if any(self.windows) else None,
         )  # fmt: skip
         layers = zip(prefix, self.windows, self.crosses, self.relative, strict=True)
         self.given = [
@@ -354,10 +353,9 @@ class Wiring:
         if self.to_cross or self.biased:
             return 0  # what is there has no positions, or counts distances
         moves = not (isinstance(shift, int) and shift == 0)
-        if moves and not _takes_positions(self.base) and _is_causal(self.blocks[0]):
-            if self.table is None:
-                name = type(self.base).__name__
-                raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
+        if moves and not _takes_positions(self.base) and _is_causal(self.blocks[0]) and self.table is None:
+            name = type(self.base).__name__
+            raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
         return shift
 
     def shallow(self, prompt: Tensor, model: nn.Module | None = None, **inputs: Any) -> tuple[Hoisted, Any]:
@@ -453,13 +451,10 @@ def _takes_positions(base: Any) -> bool:
     return "position_ids" in inspect.signature(base.forward).parameters
 
 
-def _check_packing(kwargs: dict[str, Any]) -> None:
-    from transformers import masking_utils
-
-    ids, mask, cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
-    packs = ids is not None and mask is None and cache is None and ids.shape[0] == 1
-    if packs and masking_utils.find_packed_sequence_indices(ids) is not None:
-        raise Inexact("position_ids: expected no packed sequences where attention has a window, got some")
+def _places(kwargs: dict[str, Any], past: Any) -> Tensor | None:
+    """Where windows find the queries: as the model is told, so without padding and in a sequence of its own; never further."""
+    ids = kwargs.get("position_ids")
+    return None if ids is None else torch.minimum(ids, past + torch.arange(ids.shape[-1], device=ids.device))
 
 
 def _check_table(base: Any, prompt: int, own: int) -> None:
