@@ -44,6 +44,7 @@ SIZES = {
 }  # fmt: skip
 GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}  # others compute in float32
 CAUSAL = {
     "LlamaForCausalLM": {"num_key_value_heads": 2},
     "MistralForCausalLM": {"num_key_value_heads": 2, "sliding_window": 6},
@@ -51,7 +52,15 @@ CAUSAL = {
     "Gemma3ForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, "query_pre_attn_scalar": 16},
     "GPT2LMHeadModel": {"bos_token_id": 0, "eos_token_id": None},
     "OPTForCausalLM": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH, "pad_token_id": 1},
-}
+    "Gemma2ForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, "attn_logit_softcapping": 2.0},
+    "GptOssForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, **EXPERTS, "num_local_experts": 3},
+    "MoshiForCausalLM": {**GROUPED, "ffn_dim": 64, "sliding_window": 6},  # a setting that its masks do not read
+    "DeepseekV3ForCausalLM": {
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "num_key_value_heads": HEADS, "first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 16, **EXPERTS,
+    },
+}  # fmt: skip
 ENCODERS = {"BertModel": {}, "RobertaModel": {"pad_token_id": 1}}
 PICTURES = {"image_size": 8, "patch_size": 4}
 
@@ -75,7 +84,7 @@ def model_of(name: str):
     plain = (
         {}
         if name in OTHERS
-        else {k: v for k, v in SIZES.items() if not (k == "intermediate_size" and name.startswith(("GPT", "OPT")))}
+        else {k: v for k, v in SIZES.items() if not (k == "intermediate_size" and name.startswith(("GPT", "OPT", "Moshi")))}
     )
 
     def make():
@@ -145,19 +154,19 @@ def test_causal_models(name):
     """A soft prompt is its tokens and a prefix is a plain cache; windows end within the prompt, and behind it."""
     model, before = model_of(name), traces(model_of(name))
     bare = model(words()).logits
+    close = 1e-6 if name.startswith("Gemma2") else 1e-9  # its own softmax is in float32
     soft, prefix = double(fnn.SoftPrompt(P, WIDTH)), prefix_of(model)
     for side in (None, "right", "left"):
         mask = padding(side)
         full = torch.ones(B, P + T, dtype=torch.long) if mask is None else ahead(mask)
-        rows = [
-            concatenated(model, soft(), words(), mask),
-            model(words(), attention_mask=full, past_key_values=cached(prefix())).logits,
-        ]
-        for prompt, want in zip((soft, prefix), rows, strict=True):
+        rows = {soft: concatenated(model, soft(), words(), mask)}
+        if not name.startswith("Deepseek"):  # whose cache holds neither keys nor values
+            rows[prefix] = model(words(), attention_mask=full, past_key_values=cached(prefix())).logits
+        for prompt, want in rows.items():
             handle = fastprompt.attach(model, prompt)
-            agree(model(words(), attention_mask=mask).logits, want, handle, mask)
+            agree(model(words(), attention_mask=mask).logits, want, handle, mask, close)
             assert handle.detach() is model
-    assert (rows[0] - rows[1]).abs().max() > 0.1
+        assert (rows[soft] - rows.get(prefix, bare)).abs().max() > 0.1
     assert torch.equal(model(words()).logits, bare)
     assert traces(model) == before
 
@@ -232,6 +241,18 @@ def test_the_text_side_of_clip():
     handle = fastprompt.attach(model, double(fnn.SoftPrompt(60, WIDTH)))
     with pytest.raises(ValueError, match=r"prompt: expected at most the 64 positions of .*position_embedding, got 60 and the 7"):
         model(words())
+    handle.detach()
+
+
+def test_positions_that_begin_behind_the_padding_id_are_the_models_own():
+    config = transformers.RobertaConfig(**SIZES, pad_token_id=1, is_decoder=True)
+    model = frozen(lambda: transformers.RobertaForCausalLM(config))
+    prompt = double(fnn.SoftPrompt(P, WIDTH))
+    want = concatenated(model, prompt(), words())
+    handle = fastprompt.attach(model, prompt)
+    agree(model(words()).logits, want, handle)
+    with pytest.raises(Inexact, match=r"position_ids: RobertaModel has its own"):
+        model.generate(words(), max_new_tokens=2)
     handle.detach()
 
 

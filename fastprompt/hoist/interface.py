@@ -79,12 +79,12 @@ def attention(
     layer = type(module).__name__
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and getattr(getattr(module, "config", None), "is_causal", True)  # a decoder may be used as an encoder
-    if others.get("s_aux") is not None:
-        raise Inexact(f"{layer}: its attention has an s_aux, which attention over a shared prefix does not know")
     if dropout:
         raise Inexact(f"{layer}: dropout {dropout} on attention weights is active; put the frozen model in eval mode")
-    if value.shape[-1] != key.shape[-1]:
-        raise Inexact(f"{layer}: keys of {key.shape[-1]} elements and values of {value.shape[-1]}")
+    width = value.shape[-1]
+    if width > key.shape[-1]:
+        raise Inexact(f"{layer}: keys of {key.shape[-1]} elements and values of {width}")
+    value = nn.functional.pad(value, (0, key.shape[-1] - width))  # latent attention (DeepSeek) has narrower ones
     if isinstance(fastprompt, Record):
         if position_bias is not None:
             raise Inexact(f"{layer}: a position_bias, in which tokens of the prompt would move the samples'; use PrefixKV")
@@ -120,8 +120,9 @@ def attention(
         else:
             given, attention_mask = _apart(query, key, given, others["cu_seq_lens_q"], window, causal)
             packed = None
-    out = attend(query, key, value, given, attention_mask, causal, scaling, softcap, position_bias, packed)
-    return out.transpose(1, 2), None
+    sinks = others.get("s_aux")
+    out = attend(query, key, value, given, attention_mask, causal, scaling, softcap, position_bias, packed, sinks)
+    return out[..., :width].transpose(1, 2).contiguous(), None  # some models view it
 
 
 def _apart(
@@ -143,11 +144,12 @@ def _apart(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, given: Given | None, mask: Tensor | None, causal: bool,
     scale: float | None = None, softcap: float | None = None, bias: Tensor | None = None,
-    packed: dict[str, Any] | None = None,
+    packed: dict[str, Any] | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[B, H, T, D] over a prefix and own keys; mask [B, 1, 1, S'] says which first S' keys exist, [.., T, S] all.
 
-    bias [1, H, T, S] is added to the scores of own keys; the prefix's columns have `given.relative`'s, or 0.
+    bias [1, H, T, S] is added to the scores of own keys; the prefix's columns have `given.relative`'s, or 0. sinks [H] are
+    scores of a column without a value (gpt-oss): the softmax's sum has them, so out * sigmoid(lse - sinks).
     """
     given = None if given is None else given.beside(key)
     queries, width = query.shape[2], given.keys.shape[2] if given is not None else 0
@@ -165,11 +167,16 @@ def attend(
         if given is not None:
             options["prefix_k"], options["prefix_v"] = given.keys, given.values
             options["prefix_index"], options["prefix_lengths"] = given.which, given.lengths
+        how: dict[str, Any] = {"causal": causal, "scale": scale, "softcap": softcap}
+        if rescale != 1 and sinks is not None:
+            raise Inexact(f"rescale: expected 1 where attention has sinks, got {rescale}")
         if rescale != 1:
-            return _attend_rescaled(query, key, value, options, rescale, causal=causal, scale=scale, softcap=softcap)
-        out: Tensor = functional.prefix_attention(query, key, value, causal=causal, scale=scale, softcap=softcap, **options)
-        return out
-    return _attend_masked(query, key, value, given, mask, causal, scale, softcap, bias)
+            return _attend_rescaled(query, key, value, options, rescale, **how)
+        if sinks is None:
+            return functional.prefix_attention(query, key, value, **how, **options)  # type: ignore[no-any-return]
+        out, lse = functional.prefix_attention(query, key, value, **how, **options, return_lse=True)
+        return (out * torch.sigmoid(lse - sinks[:, None])[..., None]).to(out.dtype)  # type: ignore[no-any-return]
+    return _attend_masked(query, key, value, given, mask, causal, scale, softcap, bias, sinks)
 
 
 def _attend_rescaled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], rescale: float, **how: Any) -> Tensor:
@@ -184,13 +191,11 @@ def _attend_rescaled(query: Tensor, key: Tensor, value: Tensor, options: dict[st
 
 def _attend_masked(
     query: Tensor, key: Tensor, value: Tensor, given: Given | None, mask: Tensor | None, causal: bool, scale: float | None,
-    softcap: float | None, bias: Tensor | None,
+    softcap: float | None, bias: Tensor | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The general case, by PyTorch's attention on the prefix copied in front of each sample's keys, with a whole mask."""
     if given is not None and given.rescale != 1:
         raise Inexact(f"rescale: expected 1 with a windowed, packed or four-dimensional mask, got {given.rescale}")
-    if softcap:
-        raise Inexact(f"softcap: expected none with a windowed, packed or four-dimensional mask, got {softcap}")
     batch, queries, device = query.shape[0], query.shape[2], query.device
     if mask is None:
         mask = torch.ones((1, 1, 1, key.shape[2]), dtype=torch.bool, device=device)
@@ -233,8 +238,28 @@ def _attend_masked(
         value = torch.cat([values.expand(batch, -1, -1, -1), value], 2)
     if bias is not None:
         mask = bias.to(query.dtype).masked_fill(~mask, -torch.inf)
+    if softcap or sinks is not None:
+        return _attend_written_out(query, key, value, mask, scale, softcap, sinks)
     grouped = key.shape[1] != query.shape[1]
     return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+
+
+def _attend_written_out(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """With a soft cap, or sinks, and a whole mask, bool or added: what PyTorch's attention does not know."""
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query @ key.transpose(2, 3)).to(wide) * (query.shape[3] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    nothing = (scores == -torch.inf).all(3, keepdim=True)  # padding that sees nothing: 0, not NaN
+    scores = scores.masked_fill(nothing, 0)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)], 3)
+    weights = torch.softmax(scores, 3)[..., : key.shape[2]].masked_fill(nothing, 0)
+    return weights.to(value.dtype) @ value
 
 
 def mask(

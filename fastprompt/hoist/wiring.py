@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ def _windows(model: Any, count: int) -> list[int | None]:
     """How far back each block sees; None: all."""
     config = model.config
     window = getattr(config, "sliding_window", None)
+    if not any(name.startswith("create_") and "sliding_window" in name for name in vars(sys.modules[type(model).__module__])):
+        window = None  # Moshi's masks do not read the setting
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
     strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if strange:
@@ -329,6 +332,11 @@ class Wiring:
         if isinstance(shift, int) and shift == 0:
             return kwargs
         self.moved = shift
+        if isinstance(prefix, Hoisted) and kwargs.get("position_ids") is not None and _starts_late(base):
+            raise Inexact(
+                f"position_ids: {type(base).__name__} has its own, which begin behind the padding id, and so have the prompt's "
+                "tokens; got some (generate() counts from 0)"
+            )
         if self.table is not None or _takes_positions(base):
             positions = _positions(base, kwargs)
             if isinstance(shift, Tensor):
@@ -485,6 +493,10 @@ def _length(prefix: Sequence[KeyValue | None]) -> int:
 def _past(kwargs: dict[str, Any]) -> Any:
     cache = kwargs.get("past_key_values")
     return 0 if cache is None else cache.get_seq_length()
+
+
+def _starts_late(module: Any) -> bool:
+    return any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
 
 
 def _positions(module: Any, kwargs: dict[str, Any]) -> Tensor:
