@@ -47,7 +47,7 @@ class _LSTM(nn.RNNBase):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         zero = x.new_zeros(4, len(x), self.hidden_size)
-        return torch.lstm(x, (zero, zero), self._flat_weights, True, 2, 0.0, self.training, True, True)
+        return torch.lstm(x, (zero, zero), self._flat_weights, True, 2, 0.0, self.training, True, True)  # type: ignore[arg-type]
 
 
 class PromptTokens(_OnEmbeddings):
