@@ -446,9 +446,7 @@ class ZeroShot(_Classes):
             raise bad("tokens", "[T, C, L] for at least one template", list(tokens.shape))
         self.texts, self.num_classes = nn.ModuleList(layouts).to(text.words.device), layouts[0].count
 
-    @property
-    def taxonomy(self) -> Place:
-        return Place(Format.FIXED, Location.RAW, Operator.CONCATENATIVE, Alignment.IDENTITY)
+    taxonomy = Place(Format.FIXED, Location.RAW, Operator.CONCATENATIVE, Alignment.IDENTITY)
 
     def _encode(self, text: _Text) -> Tensor:
         each = [layout(text)[0] for layout in self.texts]
@@ -505,9 +503,7 @@ class ContextPrompts(_Classes):
             made.append([ids[0], *slots[:ahead], *ids[1:cut], *slots[ahead:], *ids[cut:]])
         self.texts = _Rows(made, len(text.positions)).to(text.words.device)
 
-    @property
-    def taxonomy(self) -> Place:
-        return Place(Format.LEARNABLE, Location.EMBEDDING, Operator.CONCATENATIVE, Alignment.IDENTITY)
+    taxonomy = Place(Format.LEARNABLE, Location.EMBEDDING, Operator.CONCATENATIVE, Alignment.IDENTITY)
 
     def _encode(self, text: _Text) -> Tensor:
         return self.texts(text, self.context.flatten(0, -2)[None], again=self.again)[0]
@@ -607,9 +603,7 @@ class CoupledPrompts(_Classes):
         made = [[ids[0], *slots, *ids[1:]] for ids in names]
         self.texts = _Rows(made, len(text.positions)).to(text.words.device)
 
-    @property
-    def taxonomy(self) -> Place:
-        return Place(Format.LEARNABLE, Location.HIDDEN, Operator.CONCATENATIVE, Alignment.IDENTITY)
+    taxonomy = Place(Format.LEARNABLE, Location.HIDDEN, Operator.CONCATENATIVE, Alignment.IDENTITY)
 
     def _encode(self, text: _Text) -> Tensor:
         return self.texts(text, self.prompt[:1], self.prompt[1:].unbind(0), self.again)[0]

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from fastprompt.instruction import ChainOfThought, Demonstrations, Instruction
+from fastprompt.clip import ConditionalPrompts, ContextPrompts, CoupledPrompts, ZeroShot
+from fastprompt.instruction import ChainOfThought, Demonstrations
 from fastprompt.nn import (
     AttributeMap,
     BayesianMap,
+    DeepPrompt,
     DescriptionMap,
     FramePrompt,
     LabelMap,
@@ -24,10 +26,12 @@ from fastprompt.nn import (
     MaskedPrompt,
     PaddedPrompt,
     PatchPrompt,
+    PrefixKV,
     SeriesPrompt,
+    SoftPrompt,
 )
 from fastprompt.reprogram import Reprogrammed
-from fastprompt.taxonomy import Place
+from fastprompt.taxonomy import Alignment, Place
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,22 @@ METHODS = {
 }
 
 _TWO = [{"text": 0, "label": 0}] * 2
-# Of text: `on(model, tokenizer)` makes them, not `build`. An example, what it does, where it comes from.
-INSTRUCTIONS: dict[str, tuple[Instruction, str, str]] = {
-    "icl": (Demonstrations(_TWO, "{text}{label}"), "instruction.Demonstrations", "Brown et al. 2020, arXiv 2005.14165"),
-    "structured": (Demonstrations(_TWO, "{text}{label}", groups=2), "groups side by side", "Hao et al. 2022, arXiv 2212.06713"),
-    "cot": (ChainOfThought(), "instruction.ChainOfThought", "Wei et al. 2022, arXiv 2201.11903"),
+# What `build` does not make: something that states its place, what makes it, where it comes from.
+ELSEWHERE: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "prompt-tuning": (lambda: SoftPrompt(1, 1), "attach(model, nn.SoftPrompt)", "Lester et al. 2021, arXiv 2104.08691"),
+    "prefix-tuning": (lambda: PrefixKV(1, 1, 1, 1), "attach(model, nn.PrefixKV)", "Li and Liang 2021, arXiv 2101.00190"),
+    "vpt-deep": (lambda: DeepPrompt(1, 1, 1), "attach(model, nn.DeepPrompt)", "Jia et al. 2022, arXiv 2203.12119"),
+    "zero-shot": (lambda: ZeroShot, "clip.ZeroShot", "Radford et al. 2021, arXiv 2103.00020"),
+    "coop": (lambda: ContextPrompts, "clip.ContextPrompts", "Zhou et al. 2022, arXiv 2109.01134"),
+    "cocoop": (lambda: ConditionalPrompts, "clip.ConditionalPrompts", "Zhou et al. 2022, arXiv 2203.05557"),
+    "maple": (lambda: CoupledPrompts, "clip.CoupledPrompts", "Khattak et al. 2023, arXiv 2210.03117"),
+    "icl": (lambda: Demonstrations(_TWO, "{text}{label}"), "instruction.Demonstrations", "Brown et al. 2020, arXiv 2005.14165"),
+    "structured": (
+        lambda: Demonstrations(_TWO, "{text}{label}", groups=2),
+        "instruction.Demonstrations(groups=n)",
+        "Hao et al. 2022, arXiv 2212.06713",
+    ),
+    "cot": (lambda: ChainOfThought(), "instruction.ChainOfThought", "Wei et al. 2022, arXiv 2201.11903"),
 }
 
 
@@ -163,7 +178,8 @@ def build(
         options: of the method's input module: canvas and image_size (or length and series_length), mean, std, ...
     """
     if name not in METHODS:
-        raise ValueError(f"name: expected one of {', '.join(METHODS)}, got {name!r}")
+        how = f", which is made by {ELSEWHERE[name][1]}" if name in ELSEWHERE else ""
+        raise ValueError(f"name: expected one of {', '.join(METHODS)}, got {name!r}{how}")
     method = METHODS[name]
     outputs = None
     if method.labels is not None:
@@ -176,9 +192,9 @@ def build(
 def table() -> str:
     """The methods with their place in the taxonomy, as aligned text."""
     head = ("method", "format", "location", "operator", "alignment", "what it does", "paper")
-    rows = [head]
+    rows, reads = [head], Place(alignment=Alignment.IDENTITY)
     found = [(method.name, method.place(), method.summary, method.paper) for method in METHODS.values()]
-    found += [(name, example.taxonomy, summary, paper) for name, (example, summary, paper) in INSTRUCTIONS.items()]
+    found += [(name, make().taxonomy | reads, how, paper) for name, (make, how, paper) in ELSEWHERE.items()]
     for name, place, *more in found:
         rows.append((name, *("-" if part is None else part.value for part in vars(place).values()), *more))  # type: ignore[arg-type]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]

@@ -623,7 +623,7 @@ def test_what_is_refused():
             [soft, deep],
             "prompt: expected prompts of one kind in the model, and one on its input, got DeepPrompt and SoftPrompt",
         ),
-        (llama, deep, "LlamaDecoderLayer: needs more than its input"),
+        (llama, deep, "LlamaDecoderLayer: does not run on the tokens of a prompt alone"),
         (vit, double(fnn.DeepPrompt(LAYERS, P, WIDTH, which=[0])), "block 1 has none"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -222,15 +222,18 @@ def test_what_checkpointing_refuses():
         model(rows())
     with torch.no_grad():
         model(rows())
+    model.blocks_a_checkpoint = 0
     model.norm.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), handle.disabled():
+    with pytest.raises(ZeroDivisionError):
         model(rows())
+    with torch.no_grad():
+        model.blocks[0](rows())  # no call of the model is going on
     x = rows().requires_grad_()
     for block in model.blocks:  # past the model's own call
         x = checkpoint(block, x, use_reentrant=True)
     with pytest.raises(Inexact, match="run again by backward, where its prompt is not known"):
         x.sum().backward()
-    model.blocks_a_checkpoint, model.reentrant = 0, False
+    model.reentrant = False
     model.norm._forward_hooks.clear()
     with pytest.raises(Inexact, match="two runs of the model in one checkpoint"):
         checkpoint(lambda x: model(x) + model(x), rows().requires_grad_(), use_reentrant=False)
@@ -388,7 +391,8 @@ def test_what_the_calls_refuse():
         (model, fnn.DeepPrompt(LAYERS, P, 16), {}, "prompt 0: expected width=32 for Tower, got 16"),
         (model, deep(which=[0]), {"fallback": "tokens"}, "fallback: tokens in every sample need a model of transformers"),
         (nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]).double(), prompt, {}, "Linear: 0 calls of scaled"),
-        (Tower(lambda: nn.TransformerDecoderLayer(WIDTH, HEADS)).double(), prompt, {}, "needs more than its input"),
+        (Tower(lambda: nn.TransformerDecoderLayer(WIDTH, HEADS)).double(), prompt, {}, "Layer: does not run on the tokens of a"),
+        (Tower(lambda: nn.Unflatten(2, (5, 5))).double(), prompt, {}, "Unflatten: does not run on the tokens of a prompt alone"),
     ):
         with pytest.raises(ValueError, match=message):
             fastprompt.attach(wrong, given, **options)

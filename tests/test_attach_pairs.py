@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastprompt
 from fastprompt import nn as fnn
 from fastprompt.hoist import Inexact
+from fastprompt.integrations.peft import accelerate
 from tests.test_attach import Norm, agree, traces
 from tests.test_hoist import HEADS, VOCABULARY, WIDTH, B, P, T, ahead, double, frozen, padding, tokens
 
@@ -216,6 +217,11 @@ def test_peft_prefix_tuning_of_t5():
         want = tuned(source(), decoder_input_ids=tokens(), use_cache=False, **masks).logits
         torch.testing.assert_close(run(bare, side)[seen], want[seen], rtol=1e-9, atol=1e-9)
     handle.detach()
+    with pytest.raises(Inexact, match="PEFT gives layer i of the decoder's L layers the trained keys and values 2i mod L"):
+        accelerate(tuned)
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+    with pytest.raises(Inexact, match="PROMPT_TUNING for CAUSAL_LM, got default for SEQ_2_SEQ_LM; in an encoder a prompt's rows"):
+        accelerate(peft.get_peft_model(copy.deepcopy(bare), config))
 
 
 @pytest.mark.slow

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 
+import fastprompt
 from fastprompt import CheckpointError, Reprogrammed, build, checkpoint
 from fastprompt import nn as fnn
-from fastprompt.methods import METHODS, table
+from fastprompt.methods import ELSEWHERE, METHODS, table
 from fastprompt.taxonomy import Alignment, Format, Location, Operator, Place
 
 SOURCES, CLASSES, CANVAS = 12, 4, 16
@@ -222,8 +225,20 @@ def test_methods_by_name(name):
     assert f"\n{name} " in table()
 
 
+def test_the_table_says_what_makes_the_others():
+    lines = {line.split()[0]: " ".join(line.split()) for line in table().splitlines()}
+    assert lines["coop"].startswith("coop learnable embedding concatenative identity clip.ContextPrompts Zhou")
+    assert lines["maple"].startswith("maple learnable hidden concatenative identity clip.CoupledPrompts Khattak")
+    assert lines["vpt-deep"].startswith("vpt-deep learnable hidden concatenative identity attach(model, nn.DeepPrompt) Jia")
+    for _, how, _ in ELSEWHERE.values():  # exists under that name
+        for name in re.findall(r"[a-z.]+[A-Z]\w+|attach", how):
+            assert operator.attrgetter(name)(fastprompt)
+
+
 def test_methods_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"name: expected one of rlm-vp, .*got 'ilm'"):
         build("ilm", frozen_model())
+    with pytest.raises(ValueError, match=r"name: expected one of .*got 'coop', which is made by clip\.ContextPrompts"):
+        build("coop", frozen_model())
     with pytest.raises(ValueError, match=r"num_source, num_classes: expected both for ilm-vp"):
         build("ilm-vp", frozen_model(), canvas=CANVAS, image_size=6)

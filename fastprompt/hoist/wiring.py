@@ -442,8 +442,10 @@ def _begin(block: nn.Module, tokens: Tensor) -> None:
         block(tokens, **needed)
     except Enough:
         return
-    except TypeError as needs:
-        raise Inexact(f"{type(block).__name__}: needs more than its input ({needs})") from needs
+    except Inexact:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError) as needs:
+        raise Inexact(f"{type(block).__name__}: does not run on the tokens of a prompt alone ({needs})") from needs
     if not torch.compiler.is_compiling():
         raise Inexact(f"{type(block).__name__}: its attention was not called")
 

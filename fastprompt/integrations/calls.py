@@ -124,8 +124,10 @@ class Calls:
         except _Enough:
             assert mode.seen is not None
             return mode.seen
-        except TypeError as needs:
-            raise Inexact(f"{type(block).__name__}: needs more than its input ({needs})") from needs
+        except Inexact:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError) as needs:
+            raise Inexact(f"{type(block).__name__}: does not run on the tokens of a prompt alone ({needs})") from needs
         raise Inexact(f"{type(block).__name__}: {_unreached(0)}")
 
 
