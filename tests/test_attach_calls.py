@@ -392,7 +392,12 @@ def test_what_the_calls_refuse():
         (model, deep(which=[0]), {"fallback": "tokens"}, "fallback: tokens in every sample need a model of transformers"),
         (nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]).double(), prompt, {}, "Linear: 0 calls of scaled"),
         (Tower(lambda: nn.TransformerDecoderLayer(WIDTH, HEADS)).double(), prompt, {}, "Layer: does not run on the tokens of a"),
-        (Tower(lambda: nn.Unflatten(2, (5, 5))).double(), prompt, {}, "Unflatten: does not run on the tokens of a prompt alone"),
+        (
+            Tower(lambda: nn.Sequential(nn.Linear(WIDTH, 7), Block())).double(),
+            prompt,
+            {},
+            "Sequential: does not run on the tokens of a prompt alone",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             fastprompt.attach(wrong, given, **options)
