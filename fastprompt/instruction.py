@@ -338,8 +338,6 @@ class Instructed:
         rows = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in own], device=self._device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in own], device=self._device)
         made = self._reading(contexts, found)
-        if made is not None and any(self._wiring.windows):
-            made = replace(made, padding=(1 - mask).sum(1))
 
         def source(kwargs: dict[str, Any]) -> Reading | None:
             given = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
@@ -348,7 +346,7 @@ class Instructed:
                 raise bad("input_ids", f"a multiple of {len(own)} rows, some for each query", len(given))
             if made is None or times == 1:
                 return made
-            each = {name: getattr(made, name) for name in ("index", "offset", "padding")}
+            each = {name: getattr(made, name) for name in ("index", "offset")}
             return replace(made, **{name: t.repeat_interleave(times, 0) for name, t in each.items() if t is not None})
 
         with self._wiring.reading(source):

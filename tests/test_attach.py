@@ -44,6 +44,7 @@ SIZES = {
 }  # fmt: skip
 GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}  # others compute in float32
 CAUSAL = {
     "LlamaForCausalLM": {"num_key_value_heads": 2},
     "MistralForCausalLM": {"num_key_value_heads": 2, "sliding_window": 6},
@@ -51,7 +52,15 @@ CAUSAL = {
     "Gemma3ForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, "query_pre_attn_scalar": 16},
     "GPT2LMHeadModel": {"bos_token_id": 0, "eos_token_id": None},
     "OPTForCausalLM": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH, "pad_token_id": 1},
-}
+    "Gemma2ForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, "attn_logit_softcapping": 2.0},
+    "GptOssForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, **EXPERTS, "num_local_experts": 3},
+    "MoshiForCausalLM": {**GROUPED, "ffn_dim": 64, "sliding_window": 6},  # a setting that its masks do not read
+    "DeepseekV3ForCausalLM": {
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "num_key_value_heads": HEADS, "first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 16, **EXPERTS,
+    },
+}  # fmt: skip
 ENCODERS = {"BertModel": {}, "RobertaModel": {"pad_token_id": 1}}
 PICTURES = {"image_size": 8, "patch_size": 4}
 
@@ -75,7 +84,7 @@ def model_of(name: str):
     plain = (
         {}
         if name in OTHERS
-        else {k: v for k, v in SIZES.items() if not (k == "intermediate_size" and name.startswith(("GPT", "OPT")))}
+        else {k: v for k, v in SIZES.items() if not (k == "intermediate_size" and name.startswith(("GPT", "OPT", "Moshi")))}
     )
 
     def make():
@@ -145,19 +154,19 @@ def test_causal_models(name):
     """A soft prompt is its tokens and a prefix is a plain cache; windows end within the prompt, and behind it."""
     model, before = model_of(name), traces(model_of(name))
     bare = model(words()).logits
+    close = 1e-6 if name.startswith("Gemma2") else 1e-9  # its own softmax is in float32
     soft, prefix = double(fnn.SoftPrompt(P, WIDTH)), prefix_of(model)
     for side in (None, "right", "left"):
         mask = padding(side)
         full = torch.ones(B, P + T, dtype=torch.long) if mask is None else ahead(mask)
-        rows = [
-            concatenated(model, soft(), words(), mask),
-            model(words(), attention_mask=full, past_key_values=cached(prefix())).logits,
-        ]
-        for prompt, want in zip((soft, prefix), rows, strict=True):
+        rows = {soft: concatenated(model, soft(), words(), mask)}
+        if not name.startswith("Deepseek"):  # whose cache holds neither keys nor values
+            rows[prefix] = model(words(), attention_mask=full, past_key_values=cached(prefix())).logits
+        for prompt, want in rows.items():
             handle = fastprompt.attach(model, prompt)
-            agree(model(words(), attention_mask=mask).logits, want, handle, mask)
+            agree(model(words(), attention_mask=mask).logits, want, handle, mask, close)
             assert handle.detach() is model
-    assert (rows[0] - rows[1]).abs().max() > 0.1
+        assert (rows[soft] - rows.get(prefix, bare)).abs().max() > 0.1
     assert torch.equal(model(words()).logits, bare)
     assert traces(model) == before
 
@@ -235,6 +244,18 @@ def test_the_text_side_of_clip():
     handle.detach()
 
 
+def test_positions_that_begin_behind_the_padding_id_are_the_models_own():
+    config = transformers.RobertaConfig(**SIZES, pad_token_id=1, is_decoder=True)
+    model = frozen(lambda: transformers.RobertaForCausalLM(config))
+    prompt = double(fnn.SoftPrompt(P, WIDTH))
+    want = concatenated(model, prompt(), words())
+    handle = fastprompt.attach(model, prompt)
+    agree(model(words()).logits, want, handle)
+    with pytest.raises(Inexact, match=r"position_ids: RobertaModel has its own"):
+        model.generate(words(), max_new_tokens=2)
+    handle.detach()
+
+
 def test_both_towers_of_clip_at_once():
     text = {**SIZES, "eos_token_id": 2}
     vision = OTHERS["CLIPVisionModel"]
@@ -272,12 +293,56 @@ def test_packed_sequences_each_see_the_prompt():
     torch.testing.assert_close(model(ids[:, :3]).logits, mixed[:, :3], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(mixed[:, 3:], want[:, 3:], rtol=1e-9, atol=1e-9)
     handle.detach()
-    model, prompt = model_of("MistralForCausalLM"), double(fnn.SoftPrompt(P, WIDTH))
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "Qwen3ForCausalLM"])
+def test_packed_sequences_in_windows(name):
+    """Each sequence as it is alone, with a prompt of its own; windows of 6 and 4 end within and behind the prompts."""
+    model, prompts = model_of(name), nn.ModuleList([double(fnn.SoftPrompt(n, WIDTH)) for n in (P, 2)])
+    lengths, handle = (1, 4, 6), fastprompt.attach(model, list(prompts))
+    ids, places = words().flatten()[None, : sum(lengths)], torch.cat([torch.arange(n) for n in lengths])[None]
+    starts = torch.tensor([0, 1, 5, 11], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 6, "max_length_k": 6, "use_cache": False}
+
+    def alone(*choice):
+        rows = []
+        for number, part in zip(choice, ids.split(lengths, 1), strict=True):
+            rows.append(model(part).logits if number is None else concatenated(model, prompts[number](), part))
+        return torch.cat(rows, 1)
+
+    for choice in ([0, 1, 0], [1, None, 1], [None] * 3):
+        with handle.disabled():
+            want = alone(*choice)
+        handle.use(choice)
+        got = model(ids, position_ids=places, **packed).logits
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        if choice == [0, 1, 0]:
+            agree(got, want, prompts)
+    handle.use(0)
+    with handle.disabled():
+        want = alone(0, 0, 0)
+    for how in (packed, {"use_cache": False}):
+        agree(model(ids, position_ids=places, **how).logits, want, prompts[0])
+    two = torch.tensor([0, 1, 2], dtype=torch.int32)
+    few = packed | {"cu_seq_lens_q": two, "cu_seq_lens_k": two, "max_length_q": 1, "max_length_k": 1}
+    near = model(ids[:, :2], position_ids=torch.zeros(1, 2, dtype=torch.long), **few).logits  # within every window, no mask
+    torch.testing.assert_close(near[:, :1], want[:, :1], rtol=1e-9, atol=1e-9)
+    with pytest.raises(Inexact, match="expected causal attention without a cache where attention has a window"):
+        model(ids[:, :2], position_ids=places[:, :2], past_key_values=model(ids).past_key_values, **packed | {"use_cache": True})
+    handle.detach()
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"])
+def test_padding_on_the_left_is_nothing(name):
+    """With positions that do not count it, as `generate` gives them: each sample as it is alone, also in windows."""
+    model, prompt, mask = model_of(name), double(fnn.SoftPrompt(P, WIDTH)), padding("left")
     handle = fastprompt.attach(model, prompt)
-    with pytest.raises(Inexact, match="no packed sequences where attention has a window, a bias or a rescale"):
-        model(ids, position_ids=torch.arange(T)[None], **packed)
-    with pytest.raises(Inexact, match="no packed sequences where attention has a window"):
-        model(ids, position_ids=places, use_cache=False)
+    got = model(words(), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    want = [
+        nn.functional.pad(model(row[None, seen.bool()]).logits, (0, 0, T - int(seen.sum()), 0))
+        for row, seen in zip(words(), mask, strict=True)
+    ]
+    agree(got, torch.cat(want), prompt, mask)
     handle.detach()
 
 
@@ -347,12 +412,13 @@ QUICK = [GENERATION[place] for place in (0, 8, 11, 15)]
     ("name", "how", "cache"), QUICK + [pytest.param(*each, marks=pytest.mark.slow) for each in GENERATION if each not in QUICK]
 )
 def test_generation(name, how, cache):
-    """As from embeddings with the prompt in front: left-padded, through the end of every window."""
+    """As from embeddings with padding, prompt and sample in this order, through the end of every window."""
     model, prompt, mask = model_of(name), double(fnn.SoftPrompt(P, WIDTH)), padding("left")
     settings = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None, "cache_implementation": cache, **HOW[how]}
     rows = torch.cat([prompt().expand(B, -1, -1), model.get_input_embeddings()(words())], 1)
+    whole, order = ahead(mask).sort(dim=1, stable=True)
     torch.manual_seed(6)
-    want = model.generate(inputs_embeds=rows, attention_mask=ahead(mask), **settings)
+    want = model.generate(inputs_embeds=rows.gather(1, order[..., None].expand_as(rows)), attention_mask=whole, **settings)
     handle = fastprompt.attach(model, prompt)
     torch.manual_seed(6)
     got = model.generate(words(), attention_mask=mask, **settings)
@@ -557,7 +623,7 @@ def test_what_is_refused():
             [soft, deep],
             "prompt: expected prompts of one kind in the model, and one on its input, got DeepPrompt and SoftPrompt",
         ),
-        (llama, deep, "LlamaDecoderLayer: needs more than its input"),
+        (llama, deep, "LlamaDecoderLayer: does not run on the tokens of a prompt alone"),
         (vit, double(fnn.DeepPrompt(LAYERS, P, WIDTH, which=[0])), "block 1 has none"),
     ):
         with pytest.raises(ValueError, match=message):

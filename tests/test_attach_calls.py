@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastprompt
 from fastprompt import nn as fnn
@@ -48,12 +49,13 @@ class Tower(nn.Module):
     def __init__(self, make, batch_first: bool = True) -> None:
         super().__init__()
         self.blocks, self.norm = nn.ModuleList(make() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
-        self.batch_first, self.checkpointed = batch_first, False
+        self.batch_first, self.blocks_a_checkpoint, self.reentrant = batch_first, 0, False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.batch_first else x.transpose(0, 1)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        x, size = x if self.batch_first else x.transpose(0, 1), self.blocks_a_checkpoint
+        for start in range(0, LAYERS, size or LAYERS):
+            run = nn.Sequential(*self.blocks[start : start + (size or LAYERS)])
+            x = checkpoint(run, x, use_reentrant=self.reentrant) if size else run(x)
         return self.norm(x if self.batch_first else x.transpose(0, 1))
 
 
@@ -191,6 +193,84 @@ def test_every_sample_its_own_prompt_at_the_calls(name):
     handle.detach()
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", OWN)
+def test_gradient_checkpointing_at_the_calls(name, size):
+    """Blocks alone, two in one checkpoint, all in one; two passes on one input, by other prompts, before a backward."""
+    model, prompts = copy.deepcopy(model_of(name)), nn.ModuleList([deep(), deep(2, 5)])
+    handle, x, runs = fastprompt.attach(model, list(prompts)), rows(), []
+    want = model(x) + handle.use(1).model(x)
+    hook = model.blocks[0].mlp[1] if name == "calls" else model.blocks[0].linear1
+    hook.register_forward_hook(lambda *_: runs.append(torch._C._current_graph_task_id() != -1))
+    model.blocks_a_checkpoint = size
+    got = handle.use(0).model(x) + handle.use(1).model(x)
+    assert len(handle._path._again) == 2 * -(-LAYERS // size)
+    handle.use(None)
+    agree(got, want, prompts)
+    assert runs == [False] * 2 + [True] * 2, "blocks that were not run again"
+    gc.collect()
+    assert not handle._path._again
+    handle.detach()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_what_checkpointing_refuses():
+    model, prompt = Tower(Block).double(), deep()
+    handle = fastprompt.attach(model, prompt)
+    model.blocks_a_checkpoint, model.reentrant = 1, True
+    with pytest.raises(Inexact, match=r"run without a graph inside a model that makes one; .* say use_reentrant=False"):
+        model(rows())
+    with torch.no_grad():
+        model(rows())
+    model.blocks_a_checkpoint = 0
+    model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(rows())
+    with torch.no_grad():
+        model.blocks[0](rows())  # no call of the model is going on
+    x = rows().requires_grad_()
+    for block in model.blocks:  # past the model's own call
+        x = checkpoint(block, x, use_reentrant=True)
+    with pytest.raises(Inexact, match="run again by backward, where its prompt is not known"):
+        x.sum().backward()
+    model.reentrant = False
+    model.norm._forward_hooks.clear()
+    with pytest.raises(Inexact, match="two runs of the model in one checkpoint"):
+        checkpoint(lambda x: model(x) + model(x), rows().requires_grad_(), use_reentrant=False)
+    model.blocks_a_checkpoint = 1
+    with pytest.raises(Inexact, match=r"run again by backward.*not inside another checkpoint"):
+        checkpoint(model, rows().requires_grad_(), use_reentrant=False).sum().backward()
+    handle.detach()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_checkpointing_of_libraries(name):
+    model, prompt = copy.deepcopy(model_of(name)), deep(patch=4)
+    part = "visual" if name == "open_clip" else None
+    run = (lambda: model.encode_image(images())) if part else (lambda: model(images()))
+    handle, runs = fastprompt.attach(model, prompt, part=part), []
+    for each in model.modules():
+        if isinstance(each, nn.GELU):
+            each.register_forward_hook(lambda *_: runs.append(torch._C._current_graph_task_id() != -1))
+    want = run()
+    if name == "torchvision":  # has no switch
+        layers, model.encoder.layers = model.encoder.layers, nn.Sequential()
+        model.encoder.layers.forward = lambda x: checkpoint_sequential(layers, 2, x, use_reentrant=False)
+    else:
+        model.set_grad_checkpointing(True)
+    agree(run(), want, prompt)
+    assert True in runs
+    if name == "timm":
+        Library.load()[0].layers.set_reentrant_ckpt(True)
+        try:
+            with pytest.raises(Inexact, match="use_reentrant=False"):
+                run()
+        finally:
+            Library.load()[0].layers.set_reentrant_ckpt(False)
+    handle.detach()
+
+
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_the_vision_transformers_of_libraries(name):
     model, prompt = model_of(name), deep(patch=4)
@@ -311,7 +391,13 @@ def test_what_the_calls_refuse():
         (model, fnn.DeepPrompt(LAYERS, P, 16), {}, "prompt 0: expected width=32 for Tower, got 16"),
         (model, deep(which=[0]), {"fallback": "tokens"}, "fallback: tokens in every sample need a model of transformers"),
         (nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]).double(), prompt, {}, "Linear: 0 calls of scaled"),
-        (Tower(lambda: nn.TransformerDecoderLayer(WIDTH, HEADS)).double(), prompt, {}, "needs more than its input"),
+        (Tower(lambda: nn.TransformerDecoderLayer(WIDTH, HEADS)).double(), prompt, {}, "Layer: does not run on the tokens of a"),
+        (
+            Tower(lambda: nn.Sequential(nn.Linear(WIDTH, 7), Block())).double(),
+            prompt,
+            {},
+            "Sequential: does not run on the tokens of a prompt alone",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             fastprompt.attach(wrong, given, **options)
@@ -327,9 +413,6 @@ def test_what_the_calls_refuse():
         model(rows()[..., :16])
     with pytest.raises(Inexact, match="part of a copy of a model with a prompt"):
         copy.deepcopy(model)(rows())
-    model.checkpointed = True
-    with pytest.raises(Inexact, match="run again by backward"):
-        model(rows()).sum().backward()
     handle.detach()
     assert traces(model) == before
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, 0.3)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastprompt
 from fastprompt import nn as fnn
 from fastprompt.hoist import Inexact
+from fastprompt.integrations.peft import accelerate
 from tests.test_attach import Norm, agree, traces
 from tests.test_hoist import HEADS, VOCABULARY, WIDTH, B, P, T, ahead, double, frozen, padding, tokens
 
@@ -169,10 +170,13 @@ def test_three_prefixes_and_generation(name):
     assert traces(model)[:2] == before[:2]
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_every_sample_its_own_prefix_in_t5(part):
-    """Two lengths in a batch, and a sample without one; distances are counted from each sample's own prefix."""
-    model = model_of("T5ForConditionalGeneration")
+EVERY = [*(("T5ForConditionalGeneration", part) for part in PARTS), ("BartForConditionalGeneration", "decoder")]
+
+
+@pytest.mark.parametrize(("name", "part"), EVERY)
+def test_every_sample_its_own_prefix(name, part):
+    """Two lengths in a batch, and a sample without one; distances, and BART's positions, start at each sample's own prefix."""
+    model = model_of(name)
     handle = fastprompt.attach(model, [prefix_of(), prefix_of(3, length=2)], part=part, use=[1, None, 0])
     mixed = run(model, "right")
     for sample, number in enumerate([1, None, 0]):
@@ -213,6 +217,11 @@ def test_peft_prefix_tuning_of_t5():
         want = tuned(source(), decoder_input_ids=tokens(), use_cache=False, **masks).logits
         torch.testing.assert_close(run(bare, side)[seen], want[seen], rtol=1e-9, atol=1e-9)
     handle.detach()
+    with pytest.raises(Inexact, match="PEFT gives layer i of the decoder's L layers the trained keys and values 2i mod L"):
+        accelerate(tuned)
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+    with pytest.raises(Inexact, match="PROMPT_TUNING for CAUSAL_LM, got default for SEQ_2_SEQ_LM; in an encoder a prompt's rows"):
+        accelerate(peft.get_peft_model(copy.deepcopy(bare), config))
 
 
 @pytest.mark.slow
@@ -288,9 +297,9 @@ def test_what_pairs_refuse():
     with pytest.raises(ValueError, match=r"call detach\(\) on its handle first"):
         fastprompt.attach(t5, prefix_of(), part="decoder.cross")
     handle.detach()
-    handle = fastprompt.attach(bart, [prefix_of(), prefix_of(3, length=2)], part="decoder", use=[0, 1, 0])
-    with pytest.raises(Inexact, match="BartDecoder: one position for all samples"):
-        run(bart)
+    handle = fastprompt.attach(t5, prefix_of(), part="encoder")
+    with pytest.raises(Inexact, match="T5Stack: a bias by distance in the row, which knows of no packed sequences"):
+        t5.encoder(source(), cu_seq_lens_q=torch.tensor([0, S]))
     handle.detach()
     handle = fastprompt.attach(bart, prefix_of(length=27), part="decoder")
     with pytest.raises(ValueError, match=r"prompt: expected at most the 32 positions of .*embed_positions, got 27 and the 7"):

@@ -561,7 +561,7 @@ def test_models_that_cannot_be_treated_exactly():
         pass
     with pytest.raises(TypeError, match="model: expected a model of transformers, got Linear"):
         hoist(nn.Linear(2, 2), prompt())
-    with pytest.raises(Inexact, match="LlamaDecoderLayer: needs more than its input"):
+    with pytest.raises(Inexact, match="LlamaDecoderLayer: does not run on the tokens of a prompt alone"):
         hoist_deep(frozen(llama), double(fnn.DeepPrompt(LAYERS, P, WIDTH))())
 
 

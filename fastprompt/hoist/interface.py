@@ -41,13 +41,15 @@ class Given:
     to_cross: bool = False  # which alone reads this, or which alone does not
     relative: nn.Module | None = None  # T5's attention with the table of biases by distance
     rescale: float = 1.0  # of the weights exp(score) of a sample's own keys
-    padding: Tensor | None = None  # [B], how many of the tokens in between are none, for windows that do not count them
+    places: Tensor | None = None  # [B, T], of the queries behind the prefix, where the model is told them
+    number: Tensor | None = None  # [T], whose prefix among a sample's several each query reads (packed sequences)
 
     def beside(self, key: Tensor) -> Given:
         """On the device, and in the dtype, of a layer's own keys."""
-        counts = [None if part is None else part.to(key.device) for part in (self.which, self.lengths, self.padding)]
+        names = ("which", "lengths", "places", "number")
+        counts = {name: part.to(key.device) for name in names if (part := getattr(self, name)) is not None}
         keys, values = (part.to(key.device, key.dtype) for part in (self.keys, self.values))
-        return replace(self, keys=keys, values=values, which=counts[0], lengths=counts[1], padding=counts[2])
+        return replace(self, keys=keys, values=values, **counts)
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ def attention(
     layer = type(module).__name__
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and getattr(getattr(module, "config", None), "is_causal", True)  # a decoder may be used as an encoder
-    if others.get("s_aux") is not None:
-        raise Inexact(f"{layer}: its attention has an s_aux, which attention over a shared prefix does not know")
     if dropout:
         raise Inexact(f"{layer}: dropout {dropout} on attention weights is active; put the frozen model in eval mode")
-    if value.shape[-1] != key.shape[-1]:
-        raise Inexact(f"{layer}: keys of {key.shape[-1]} elements and values of {value.shape[-1]}")
+    width = value.shape[-1]
+    if width > key.shape[-1]:
+        raise Inexact(f"{layer}: keys of {key.shape[-1]} elements and values of {width}")
+    value = nn.functional.pad(value, (0, key.shape[-1] - width))  # latent attention (DeepSeek) has narrower ones
     if isinstance(fastprompt, Record):
         if position_bias is not None:
             raise Inexact(f"{layer}: a position_bias, in which tokens of the prompt would move the samples'; use PrefixKV")
@@ -110,18 +112,44 @@ def attention(
         names |= {"max_seqlen": "max_length_q", "max_seqlen_k": "max_length_k"}
         packed = {name: others.get(theirs) for name, theirs in names.items()}
     causal, softcap = causal and query.shape[2] > 1, others.get("softcap")
-    out = attend(query, key, value, given, attention_mask, causal, scaling, softcap, position_bias, packed)
-    return out.transpose(1, 2), None
+    window = others.get("sliding_window") if given is None else given.window
+    if packed is not None and window:
+        longest, before = packed["max_seqlen_k"], 0 if given is None else given.keys.shape[2]
+        if isinstance(longest, int) and before + longest <= window:
+            given = None if given is None else replace(given, window=None)
+        else:
+            given, attention_mask = _apart(query, key, given, others["cu_seq_lens_q"], window, causal)
+            packed = None
+    sinks = others.get("s_aux")
+    out = attend(query, key, value, given, attention_mask, causal, scaling, softcap, position_bias, packed, sinks)
+    return out[..., :width].transpose(1, 2).contiguous(), None  # some models view it
+
+
+def _apart(
+    query: Tensor, key: Tensor, given: Given | None, starts: Tensor, window: int, causal: bool
+) -> tuple[Given | None, Tensor]:
+    """Packed sequences in windows by a whole mask [1, 1, T, T], and where each query is in its own sequence."""
+    if query.shape[2] != key.shape[2] or not (causal or query.shape[2] == 1):
+        raise Inexact("cu_seq_lens_q: expected causal attention without a cache where attention has a window, got another")
+    place = torch.arange(query.shape[2], device=query.device)
+    starts = starts.to(place)
+    number = torch.bucketize(place, starts[1:], right=True)
+    back = place[:, None] - place
+    seen = (number[:, None] == number) & (back >= 0) & (back < window)
+    if given is not None:
+        given = replace(given, places=(place - starts[number])[None], number=number)
+    return given, seen[None, None]
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, given: Given | None, mask: Tensor | None, causal: bool,
     scale: float | None = None, softcap: float | None = None, bias: Tensor | None = None,
-    packed: dict[str, Any] | None = None,
+    packed: dict[str, Any] | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[B, H, T, D] over a prefix and own keys; mask [B, 1, 1, S'] says which first S' keys exist, [.., T, S] all.
 
-    bias [1, H, T, S] is added to the scores of own keys; the prefix's columns have `given.relative`'s, or 0.
+    bias [1, H, T, S] is added to the scores of own keys; the prefix's columns have `given.relative`'s, or 0. sinks [H] are
+    scores of a column without a value (gpt-oss): the softmax's sum has them, so out * sigmoid(lse - sinks).
     """
     given = None if given is None else given.beside(key)
     queries, width = query.shape[2], given.keys.shape[2] if given is not None else 0
@@ -130,7 +158,7 @@ def attend(
         near = width + given.past + queries <= given.window  # type: ignore[union-attr, operator]
     rescale = 1.0 if given is None else given.rescale
     if packed is not None and not (near and bias is None and rescale == 1):
-        raise Inexact("cu_seq_lens_q: expected no packed sequences where attention has a window, a bias or a rescale, got some")
+        raise Inexact("cu_seq_lens_q: expected no packed sequences where attention has a bias or a rescale, got some")
     if near and bias is None and (mask is None or mask.shape[1:3] == (1, 1) or packed is not None):
         options = {} if packed is None else dict(packed)
         if mask is not None and packed is None:
@@ -139,11 +167,16 @@ def attend(
         if given is not None:
             options["prefix_k"], options["prefix_v"] = given.keys, given.values
             options["prefix_index"], options["prefix_lengths"] = given.which, given.lengths
+        how: dict[str, Any] = {"causal": causal, "scale": scale, "softcap": softcap}
+        if rescale != 1 and sinks is not None:
+            raise Inexact(f"rescale: expected 1 where attention has sinks, got {rescale}")
         if rescale != 1:
-            return _attend_rescaled(query, key, value, options, rescale, causal=causal, scale=scale, softcap=softcap)
-        out: Tensor = functional.prefix_attention(query, key, value, causal=causal, scale=scale, softcap=softcap, **options)
-        return out
-    return _attend_masked(query, key, value, given, mask, causal, scale, softcap, bias)
+            return _attend_rescaled(query, key, value, options, rescale, **how)
+        if sinks is None:
+            return functional.prefix_attention(query, key, value, **how, **options)  # type: ignore[no-any-return]
+        out, lse = functional.prefix_attention(query, key, value, **how, **options, return_lse=True)
+        return (out * torch.sigmoid(lse - sinks[:, None])[..., None]).to(out.dtype)  # type: ignore[no-any-return]
+    return _attend_masked(query, key, value, given, mask, causal, scale, softcap, bias, sinks)
 
 
 def _attend_rescaled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], rescale: float, **how: Any) -> Tensor:
@@ -158,13 +191,11 @@ def _attend_rescaled(query: Tensor, key: Tensor, value: Tensor, options: dict[st
 
 def _attend_masked(
     query: Tensor, key: Tensor, value: Tensor, given: Given | None, mask: Tensor | None, causal: bool, scale: float | None,
-    softcap: float | None, bias: Tensor | None,
+    softcap: float | None, bias: Tensor | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The general case, by PyTorch's attention on the prefix copied in front of each sample's keys, with a whole mask."""
     if given is not None and given.rescale != 1:
         raise Inexact(f"rescale: expected 1 with a windowed, packed or four-dimensional mask, got {given.rescale}")
-    if softcap:
-        raise Inexact(f"softcap: expected none with a windowed, packed or four-dimensional mask, got {softcap}")
     batch, queries, device = query.shape[0], query.shape[2], query.device
     if mask is None:
         mask = torch.ones((1, 1, 1, key.shape[2]), dtype=torch.bool, device=device)
@@ -174,18 +205,24 @@ def _attend_masked(
         mask = mask & torch.ones((queries, key.shape[2]), dtype=torch.bool, device=device).tril(key.shape[2] - queries)
     bias = None if bias is None else bias[..., : mask.shape[3]]
     if given is not None:
-        index = given.which[:, None] if given.which is not None and given.which.dim() == 1 else given.which
+        index = given.which
+        if index is not None and index.dim() == 1:
+            index = index[:, None] if given.number is None else index[None]
+        width = given.keys.shape[2]
         columns, there = prefix_columns(given.keys, index, given.lengths, batch)
         values, _ = prefix_columns(given.values, index, given.lengths, batch)
         seen = there[:, None, None].expand(-1, 1, queries, -1)
+        if given.number is not None and index is not None:
+            seen = seen & (torch.arange(seen.shape[3], device=device) // width == given.number[:, None])
         if given.window is not None or given.relative is not None:
-            if index is not None and index.shape[1] > 1:
+            if given.number is None and index is not None and index.shape[1] > 1:
                 raise Inexact("index: expected one prefix a sample where attention counts positions, got several")
-            place = torch.arange(there.shape[1], device=device)
-            ahead = there.sum(1)[:, None, None] - place + given.past + torch.arange(queries, device=device)[:, None]
+            place = torch.arange(there.shape[1], device=device) % width
+            counts = there.unflatten(1, (-1, width)).sum(2)
+            counts = counts if given.number is None or index is None else counts[:, given.number]
+            own = given.past + torch.arange(queries, device=device) if given.places is None else given.places
+            ahead = (counts + own)[..., None] - place
             if given.window is not None:
-                if given.padding is not None:
-                    ahead = ahead - given.padding[:, None, None]
                 seen = seen & (ahead < given.window)[:, None]
         if bias is not None:
             front = bias.new_zeros(()).expand(1, bias.shape[1], queries, there.shape[1])
@@ -201,8 +238,28 @@ def _attend_masked(
         value = torch.cat([values.expand(batch, -1, -1, -1), value], 2)
     if bias is not None:
         mask = bias.to(query.dtype).masked_fill(~mask, -torch.inf)
+    if softcap or sinks is not None:
+        return _attend_written_out(query, key, value, mask, scale, softcap, sinks)
     grouped = key.shape[1] != query.shape[1]
     return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+
+
+def _attend_written_out(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """With a soft cap, or sinks, and a whole mask, bool or added: what PyTorch's attention does not know."""
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query @ key.transpose(2, 3)).to(wide) * (query.shape[3] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    nothing = (scores == -torch.inf).all(3, keepdim=True)  # padding that sees nothing: 0, not NaN
+    scores = scores.masked_fill(nothing, 0)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)], 3)
+    weights = torch.softmax(scores, 3)[..., : key.shape[2]].masked_fill(nothing, 0)
+    return weights.to(value.dtype) @ value
 
 
 def mask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -35,7 +36,6 @@ class Reading:
     lengths: Tensor | None = None
     offset: int | Tensor | None = None
     rescale: float = 1.0
-    padding: Tensor | None = None
 
 
 # ---- The model's parts ----
@@ -71,6 +71,8 @@ def _windows(model: Any, count: int) -> list[int | None]:
     """How far back each block sees; None: all."""
     config = model.config
     window = getattr(config, "sliding_window", None)
+    if not any(name.startswith("create_") and "sliding_window" in name for name in vars(sys.modules[type(model).__module__])):
+        window = None  # Moshi's masks do not read the setting
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
     strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if strange:
@@ -286,11 +288,20 @@ class Wiring:
             return out
 
         def place(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.moved}
+            positions = kwargs["position_ids"]
+            if isinstance(self.moved, Tensor):  # the table knows of no samples
+                positions = (positions + self.moved.to(positions.device)).flatten()
+            else:
+                positions = positions + self.moved
+            return args, {**kwargs, "position_ids": positions}
+
+        def placed(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return out.reshape(len(self.moved), -1, out.shape[-1]) if isinstance(self.moved, Tensor) else out
 
         with self.attention(), ExitStack() as hooks:
             if self.table is not None:
                 hooks.callback(self.table.register_forward_pre_hook(place, with_kwargs=True).remove)
+                hooks.callback(self.table.register_forward_hook(placed).remove)
             hooks.callback(self.base.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(self.base.register_forward_hook(after).remove)
             yield
@@ -304,14 +315,14 @@ class Wiring:
             self.tokens, self.began = prefix, not _past(kwargs)
             return kwargs if prefix.shallow is None else in_front(base, prefix.shallow, kwargs, self.began)
         shift, past, starts = self.shift(reading), _past(kwargs), kwargs.get("cu_seq_lens_q")
+        if starts is not None and self.biased:
+            raise Inexact(f"{type(base).__name__}: a bias by distance in the row, which knows of no packed sequences")
         if starts is not None and kwargs.get("position_ids") is None:
             raise bad("position_ids", "each sequence's own positions, beside cu_seq_lens_q", None)
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
-        if any(self.windows):
-            _check_packing(kwargs)
         given = partial(
             Given, which=reading.index, lengths=reading.lengths, past=past, to_cross=self.to_cross, rescale=reading.rescale,
-            padding=reading.padding,
+            places=_places(kwargs, past) if any(self.windows) else None,
         )  # fmt: skip
         layers = zip(prefix, self.windows, self.crosses, self.relative, strict=True)
         self.given = [
@@ -321,6 +332,11 @@ class Wiring:
         if isinstance(shift, int) and shift == 0:
             return kwargs
         self.moved = shift
+        if isinstance(prefix, Hoisted) and kwargs.get("position_ids") is not None and _starts_late(base):
+            raise Inexact(
+                f"position_ids: {type(base).__name__} has its own, which begin behind the padding id, and so have the prompt's "
+                "tokens; got some (generate() counts from 0)"
+            )
         if self.table is not None or _takes_positions(base):
             positions = _positions(base, kwargs)
             if isinstance(shift, Tensor):
@@ -345,12 +361,9 @@ class Wiring:
         if self.to_cross or self.biased:
             return 0  # what is there has no positions, or counts distances
         moves = not (isinstance(shift, int) and shift == 0)
-        if moves and not _takes_positions(self.base) and _is_causal(self.blocks[0]):
+        if moves and not _takes_positions(self.base) and _is_causal(self.blocks[0]) and self.table is None:
             name = type(self.base).__name__
-            if self.table is None:
-                raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
-            if isinstance(shift, Tensor):
-                raise Inexact(f"{name}: one position for all samples, so no prompts of several lengths and none for some")
+            raise Inexact(f"{name}: no position_ids, so tokens cannot start behind a prompt, only at offset=0")
         return shift
 
     def shallow(self, prompt: Tensor, model: nn.Module | None = None, **inputs: Any) -> tuple[Hoisted, Any]:
@@ -429,8 +442,10 @@ def _begin(block: nn.Module, tokens: Tensor) -> None:
         block(tokens, **needed)
     except Enough:
         return
-    except TypeError as needs:
-        raise Inexact(f"{type(block).__name__}: needs more than its input ({needs})") from needs
+    except Inexact:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError) as needs:
+        raise Inexact(f"{type(block).__name__}: does not run on the tokens of a prompt alone ({needs})") from needs
     if not torch.compiler.is_compiling():
         raise Inexact(f"{type(block).__name__}: its attention was not called")
 
@@ -446,13 +461,10 @@ def _takes_positions(base: Any) -> bool:
     return "position_ids" in inspect.signature(base.forward).parameters
 
 
-def _check_packing(kwargs: dict[str, Any]) -> None:
-    from transformers import masking_utils
-
-    ids, mask, cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
-    packs = ids is not None and mask is None and cache is None and ids.shape[0] == 1
-    if packs and masking_utils.find_packed_sequence_indices(ids) is not None:
-        raise Inexact("position_ids: expected no packed sequences where attention has a window, got some")
+def _places(kwargs: dict[str, Any], past: Any) -> Tensor | None:
+    """Where windows find the queries: as the model is told, so without padding and in a sequence of its own; never further."""
+    ids = kwargs.get("position_ids")
+    return None if ids is None else torch.minimum(ids, past + torch.arange(ids.shape[-1], device=ids.device))
 
 
 def _check_table(base: Any, prompt: int, own: int) -> None:
@@ -483,6 +495,10 @@ def _length(prefix: Sequence[KeyValue | None]) -> int:
 def _past(kwargs: dict[str, Any]) -> Any:
     cache = kwargs.get("past_key_values")
     return 0 if cache is None else cache.get_seq_length()
+
+
+def _starts_late(module: Any) -> bool:
+    return any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
 
 
 def _positions(module: Any, kwargs: dict[str, Any]) -> Tensor:

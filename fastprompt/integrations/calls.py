@@ -6,8 +6,10 @@ too, takes `scaled_dot_product_attention` and `multi_head_attention_forward` (wh
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from fastprompt.functional.checks import bad
 from fastprompt.hoist import Given, Hoisted, Inexact, KeyValue, Reading, Tokens, attend, check_deep, check_exact
@@ -27,13 +30,16 @@ class _Enough(Exception):
 class Calls:
     """The blocks of a model; the same methods as `fastprompt.hoist.Wiring`.
 
-    What the blocks read is made when the first of them is called, so any way to run the model will do.
+    What the blocks read is made when the first of them is called, so any way to run the model will do. A block that backward
+    runs again, under `torch.utils.checkpoint`, reads what it read before: the run that it belongs to says which.
     """
 
     def __init__(self, model: nn.Module, blocks: str | None, layers: int) -> None:
         self.model = self.key = model
         self.name, self.blocks = _stack(model, blocks, layers)
         self.given: Sequence[Any] | None = None
+        self._again: weakref.WeakKeyDictionary[Any, tuple[Sequence[Any] | None]] = weakref.WeakKeyDictionary()
+        self._graded = False  # whether the present call of the model makes a graph
         self.batch_first = True
         self.width = _width(self.blocks[0])
         self.kv_heads = self.head_dim = None
@@ -45,22 +51,40 @@ class Calls:
         def run(place: int, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if block is not self.blocks[place]:
                 raise Inexact(f"{type(block).__name__}: part of a copy of a model with a prompt; detach before copying")
-            if torch._C._current_graph_task_id() != -1:
-                raise Inexact(f"{type(block).__name__}: run again by backward (gradient checkpointing), where its prompt is gone")
-            if place == 0:
-                x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-                reading = source({"x": x if self.batch_first else x.transpose(0, 1)})
-                self.given = None if reading is None else _given(reading, len(self.blocks))
-            given = None if self.given is None else self.given[place]
+            compiling = torch.compiler.is_compiling()
+            frame = None if compiling else _checkpointed()
+            if not compiling and torch._C._current_graph_task_id() != -1:
+                if frame not in self._again:
+                    raise Inexact(f"{type(block).__name__}: run again by backward, where its prompt is not known; {_REENTRANT}")
+                given = self._again[frame][0]
+            else:
+                if place == 0:
+                    x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+                    # What makes the prompt is kept, not run again: the hooks of a checkpoint must not count what it saves.
+                    with nullcontext() if frame is None else torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                        reading = source({"x": x if self.batch_first else x.transpose(0, 1)})
+                    self.given = None if reading is None else _given(reading, len(self.blocks))
+                if frame is not None and self._again.setdefault(frame, (self.given,))[0] is not self.given:
+                    raise Inexact(f"{type(block).__name__}: two runs of the model in one checkpoint; make it one for each")
+                given = self.given
+            given = None if given is None else given[place]
             if given is None:
                 return original(*args, **kwargs)
-            with _Attention(type(block).__name__, given) as mode:
+            if self._graded and not torch.is_grad_enabled():
+                raise Inexact(f"{type(block).__name__}: run without a graph inside a model that makes one; {_REENTRANT}")
+            mode = _Attention(type(block).__name__, given)
+            with mode:
                 out = original(*args, **kwargs)
             if mode.calls != 1:
                 raise Inexact(f"{type(block).__name__}: {_unreached(mode.calls)}")
             return out
 
+        def begin(graded: bool, *_: Any) -> None:
+            self._graded = graded and torch.is_grad_enabled()
+
         with ExitStack() as undo:
+            undo.callback(self.model.register_forward_pre_hook(partial(begin, True)).remove)
+            undo.callback(self.model.register_forward_hook(partial(begin, False), always_call=True).remove)
             for place, block in enumerate(self.blocks):
                 undo.callback(_put_back, block, block.__dict__.get("forward"))
                 block.forward = partial(run, place, block, block.forward)  # type: ignore[method-assign]
@@ -100,9 +124,32 @@ class Calls:
         except _Enough:
             assert mode.seen is not None
             return mode.seen
-        except TypeError as needs:
-            raise Inexact(f"{type(block).__name__}: needs more than its input ({needs})") from needs
+        except Inexact:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError) as needs:
+            raise Inexact(f"{type(block).__name__}: does not run on the tokens of a prompt alone ({needs})") from needs
         raise Inexact(f"{type(block).__name__}: {_unreached(0)}")
+
+
+_REENTRANT = "under torch.utils.checkpoint say use_reentrant=False, around blocks and not inside another checkpoint"
+
+
+def _checkpointed() -> Any:
+    """The run under `torch.utils.checkpoint` that is going on, the same object when backward repeats it; None: none is known.
+
+    PyTorch says so nowhere but in the hooks by which a checkpoint keeps its tensors from being saved.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    for cell in () if hooks is None else inspect.unwrap(hooks[0]).__closure__ or ():
+        held = cell.cell_contents
+        held = held() if isinstance(held, weakref.ref) else held
+        if isinstance(held, getattr(checkpoint, "_CheckpointFrame", ())):
+            return held
+    return None
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _put_back(block: nn.Module, own: Any) -> None:

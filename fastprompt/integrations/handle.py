@@ -41,7 +41,11 @@ def attach(
 
     Models of transformers are wired through their attention and mask interfaces. Other models (timm, torchvision, open_clip,
     your own) are wired at their blocks' calls of `scaled_dot_product_attention` or `nn.MultiheadAttention`, for `DeepPrompt`
-    and `PrefixKV`; nothing moves their positions there.
+    and `PrefixKV`; nothing moves their positions there. Gradient checkpointing of blocks is exact with
+    `use_reentrant=False` and refused with True, which would lose the prompt's gradient.
+
+    Left padding is nothing to a sample where the model is told positions that do not count it, as `generate` does; otherwise
+    it lies between prompt and sample, as with tokens in front, for rotary positions and sliding windows alike.
 
     Args:
         model: frozen here, in eval mode, until `detach`. For gradient checkpointing call `model.train()` afterwards; dropout

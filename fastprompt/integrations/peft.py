@@ -29,6 +29,11 @@ CONFIG, PAYLOAD, KEY = "adapter_config.json", "adapter_model.safetensors", "prom
 _PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
 _FILES = ("PROMPT_TUNING", "P_TUNING", *_PREFIXES)
 _KINDS = (*_FILES, "MULTITASK_PROMPT_TUNING")
+_PAIRS = (
+    "in an encoder a prompt's rows depend on each sample, and the decoder reads them, so there is nothing to make once",
+    "there PEFT gives layer i of the decoder's L layers the trained keys and values 2i mod L, so of an even L half are never "
+    'read; attach a PrefixKV with part="decoder"',
+)
 
 
 # ---- Models ----
@@ -45,6 +50,7 @@ def accelerate(peft_model: nn.Module, *, logits: str = "all") -> Accelerated:
 
     Args:
         peft_model: a `PeftModelForCausalLM`; with PREFIX_TUNING or CARTRIDGE also one for sequence or token classification.
+            None for SEQ_2_SEQ_LM: the refusal says why.
         logits: which rows of a causal model meet its head. "all": as PEFT has it, [B, P + T, V] with a prompt. "own": without
             the prompt's, [B, T, V]. "labelled": with `labels`, only the n rows that one of them is for, [n, V] in reading
             order: the same loss and gradients without the largest tensor of a step. Finding them costs a sync on a GPU.
@@ -105,6 +111,10 @@ class Accelerated:
         if kind not in _KINDS:
             raise Inexact(f"peft_model: expected adapters of type {', '.join(_KINDS)}, got {name} of type {kind}")
         tasks = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS") if kind in _PREFIXES else ("CAUSAL_LM",)
+        if task == "SEQ_2_SEQ_LM":
+            raise Inexact(
+                f"peft_model: expected {kind} for {', '.join(tasks)}, got {name} for {task}; {_PAIRS[kind in _PREFIXES]}"
+            )
         if task not in tasks:
             why = "" if kind in _PREFIXES else "; elsewhere a prompt depends on each sample"
             raise Inexact(f"peft_model: expected {kind} for {', '.join(tasks)}, got {name} for {task}{why}")

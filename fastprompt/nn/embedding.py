@@ -39,6 +39,17 @@ def _started(shape: tuple[int, ...], init: str | Tensor) -> nn.Parameter:
     return nn.Parameter(init.detach().expand(shape).clone())
 
 
+class _LSTM(nn.RNNBase):
+    """nn.LSTM of two layers and both directions, which torch.compile refuses by its class alone."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__("LSTM", width, hidden, num_layers=2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        zero = x.new_zeros(4, len(x), self.hidden_size)
+        return torch.lstm(x, (zero, zero), self._flat_weights, True, 2, 0.0, self.training, True, True)  # type: ignore[arg-type]
+
+
 class PromptTokens(_OnEmbeddings):
     """Soft tokens anywhere among the words: in front, after BOS, behind, in a template; several prompts in one batch.
 
@@ -57,7 +68,7 @@ class PromptTokens(_OnEmbeddings):
         lengths: how many of the P tokens each prompt has. Default: all.
         init: "normal" (standard deviation 1), "uniform" (in [-0.5, 0.5]), or a tensor [P, d] or [N, P, d].
             `from_vocabulary` starts from words.
-        reparameterise: "mlp" or "lstm" (two layers, both directions, an MLP behind; PyTorch does not compile an LSTM).
+        reparameterise: "mlp" or "lstm" (two layers, both directions, an MLP behind).
         hidden: width of that network. Default: d.
         rank: of the task matrices of multitask prompt tuning; every prompt starts near the shared one.
 
@@ -96,7 +107,7 @@ class PromptTokens(_OnEmbeddings):
         self.prompt = _started((1 if rank else prompts, length, width), init)
         inner = hidden or width
         if reparameterise == "lstm":
-            self.lstm = nn.LSTM(width, inner, num_layers=2, bidirectional=True, batch_first=True)
+            self.lstm = _LSTM(width, inner)
             self.mlp = nn.Sequential(nn.Linear(2 * inner, 2 * inner), nn.ReLU(), nn.Linear(2 * inner, width))
         elif reparameterise == "mlp":
             self.mlp = nn.Sequential(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastprompt import functional
 from fastprompt.functional.checks import bad, looks_at_values, one_of, same_device
@@ -83,7 +84,7 @@ class _Gathered(NamedTuple):
     """What was read from a frozen head, and when."""
 
     key: Any
-    head: Any  # held, so that no other tensor takes its id
+    head: Any  # tensors, and weak references to their storages: held, so that no others take their ids and addresses
     words: Rows
     classes: tuple[Tensor, Tensor | None, Tensor | None] | None  # weight, bias, and the prior that is not in the bias
 
@@ -103,6 +104,9 @@ class _OnHead(Drawn, nn.Module):
     def attach(self: _Self, head: nn.Module | LabelHead) -> _Self:
         """Reads hidden states through this head from now on.
 
+        A frozen head's rows are gathered once, and again when it has changed; what is written through `.data` or NumPy is
+        not seen before the next `attach`.
+
         Args:
             head: a model that `label_head_of` knows, an nn.Linear(d, V), or a `LabelHead`.
 
@@ -116,7 +120,7 @@ class _OnHead(Drawn, nn.Module):
         else:
             found = _parts_of(head)
         self._check_head(*_tensors(found[1]))
-        self._head = found
+        self._head, self._gathered = found, None
         return self
 
     def _check_head(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -297,13 +301,14 @@ class Verbalizer(_OnHead):
             return None
         if any(type(t) not in (Tensor, nn.Parameter) or t.requires_grad or t.is_inference() for t in both):
             return None
-        key = [(id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in both]
+        key = [(id(t), t.untyped_storage()._cdata, t.data_ptr(), t._version, t.device, t.dtype) for t in both]
         if self._gathered is None or self._gathered.key != key:
             with torch.inference_mode(False), torch.no_grad():
                 words = self._gather(weight, bias)
                 if type(words[0]) is not Tensor:  # a mode makes fake tensors
                     return None
-                self._gathered = _Gathered(key, both, words, self._fold(*words) if self._folds else None)
+                held = both, [StorageWeakRef(t.untyped_storage()) for t in both]
+                self._gathered = _Gathered(key, held, words, self._fold(*words) if self._folds else None)
         return self._gathered
 
     def _fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
