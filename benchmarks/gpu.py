@@ -117,7 +117,7 @@ def _timed(
     """slow: rivals that take long to compile, only beside the cases for which a goal names them."""
     tasks: list[Task] = []
     for case, named in _in_turn(cases, part):
-        rivals = [name for name in (*case.forms, "compile") if name in named or name not in slow]
+        rivals = [name for name in (*case.forms, "compile") if name in named or name in case.best or name not in slow]
         tasks.append((case.title, partial(_compare, case, rivals, device, dry, ceilings)))
     return tasks
 
@@ -128,7 +128,7 @@ def kernels(device: torch.device, dry: bool, ceilings: dict[str, float]) -> list
     if dry:
         few = ("demo size forward", "CoOp forward", "map + cross-entropy forward B=32", "front forward B=2")
         cases = [case for case in cases if any(words in case.title for words in few)]
-    return _timed(cases, "kernels", ("compile", "flex", "eager"), device, dry, ceilings)
+    return _timed(cases, "kernels", ("compile", "flex"), device, dry, ceilings)
 
 
 def steps(device: torch.device, dry: bool, ceilings: dict[str, float]) -> list[Task]:
@@ -194,8 +194,8 @@ BESIDE: dict[str, tuple[tuple[str, ...], int]] = {
     ),
     "tests": (tuple(f"tests {file}" for file in TESTS), 5),  # each on three processes
 }
-# Seconds after which a task hangs. The tools and the tests have a limit of their own.
-HANGS = {"correctness": 240.0, "kernels": 100.0, "steps": 200.0, "memory": 100.0}
+# Seconds after which a task hangs. The tools have a limit of their own, and what runs side by side that of its part.
+HANGS = {"correctness": 150.0, "kernels": 100.0, "steps": 200.0, "memory": 100.0}
 AGAIN = 3  # the exit code of a process whose CUDA context died: the tasks that are left need another one
 
 
@@ -274,15 +274,16 @@ def _do(name: str, task: Callable[[], Any], report: dict[str, Any], timed: bool)
 # ---- A part: processes that are watched ----
 
 
-def _watched(part: str, only: str, held: Path, log: Path, end: float, dry: bool) -> int:
-    """Processes that do the tasks whose name holds `only`, a new one where a task took the last one along. The exit code."""
+def _watched(part: str, only: str, held: Path, log: Path, end: float, dry: bool, hanging: float) -> int:
+    """Processes that do the tasks whose name holds `only`, a new one where a task took the last one along, or `hanging` seconds.
+    The exit code."""
     command = [sys.executable, "-m", f"{__package__}.gpu", "--work", part, "--out", str(held), "--only", only, *["--dry"] * dry]
     while True:
         seconds = max(1.0, end - time.monotonic())
         margin = min(30.0, 0.1 * seconds)
 
         def hangs() -> bool:
-            return held.exists() and time.time() - held.stat().st_mtime > HANGS.get(part, float("inf"))
+            return held.exists() and time.time() - held.stat().st_mtime > hanging
 
         before = _read(held)
         done = gpu_processes.run([*command, "--seconds", str(seconds - margin)], {}, seconds - margin / 5, log, hangs)
@@ -319,7 +320,7 @@ def _side_by_side(part: str, held: Path, log: Path, end: float, only: str) -> No
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, min(most, most * cores // 16))) as pool:
         files = [(Path(folder) / f"{n}.json", Path(folder) / f"{n}.txt") for n in range(len(names))]
         started = [
-            pool.submit(_watched, part, name, *own, end, False) for name, own in zip(names, files, strict=True)
+            pool.submit(_watched, part, name, *own, end, False, float("inf")) for name, own in zip(names, files, strict=True)
         ]  # fmt: skip
         codes = [each.result() for each in started]
         whole: dict[str, Any] = {}
@@ -344,7 +345,7 @@ def run_part(part: str, dry: bool, minutes: float, folder: Path, only: str = "",
     end = time.monotonic() + 60 * minutes - min(5.0, 0.02 * 60 * minutes)
     if part in BESIDE and not dry:
         _side_by_side(part, held, log, end - 0.3 * 60 * minutes * (part == "correctness"), only)
-    code = _watched(part, only, held, log, end, dry)
+    code = _watched(part, only, held, log, end, dry, HANGS.get(part, float("inf")))
     said = log.read_text(errors="replace") if log.exists() else ""
     known: dict[str, Any] = {"part": part, "dry": dry, "failed": {}, "not_run": {}} | _read(held)
     if code not in (0, 1, 124, AGAIN) or "conditions" not in known:

@@ -489,6 +489,21 @@ def test_a_form_that_fails_while_it_is_timed_leaves_the_others_their_times():
         COMPARE({"bad": [breaks]}, CPU, 0.01)
 
 
+def test_a_result_without_times_of_ours_is_refused(monkeypatch):
+    for name in ("fastprompt", "A/A"):
+
+        def compare(calls, device, seconds, failed, name=name):
+            failed[name] = RuntimeError("illegal address")
+            return {other: taken for other, taken in each_once(calls, device).items() if other != name}
+
+        monkeypatch.setattr(suite.timing, "compare", compare)
+        result = run(case(plain=lambda i: i["x"] + i["x"]))
+        assert result["rows"]["fastprompt"]["refused"] == "failed: RuntimeError: illegal address"
+        assert "speedup" not in result
+        assert result["rows"]["plain"]["median_s"] > 0
+        assert "illegal address" in suite.text(result)
+
+
 def test_the_truth_is_in_float32_where_float64_has_no_room(monkeypatch):
     def tight(inputs):
         if inputs["x"].dtype == torch.float64:
