@@ -58,12 +58,7 @@ Task = tuple[str, Callable[[], Any]]  # what it returns is recorded under its na
 
 def correctness(device: torch.device, dry: bool, left: Callable[[], float]) -> list[Task]:
     named = [(str(dtype).removeprefix("torch."), dtype) for dtype in DTYPES[: 1 if dry else None]]
-    tasks: list[Task] = [
-        (f"{what} {family} {name}", partial(check, device, dry, family, dtype))
-        for what, check in (("answers", gpu_checks.check_answers), ("launches", gpu_checks.check_launches))
-        for family in KERNELS
-        for name, dtype in named
-    ]
+    tasks: list[Task] = []
     for check in (
         gpu_checks.check_labels, gpu_checks.check_determinism, gpu_checks.check_graph, gpu_checks.check_syncs,
         gpu_checks.check_host_cost, gpu_checks.check_streams,
@@ -71,7 +66,14 @@ def correctness(device: torch.device, dry: bool, left: Callable[[], float]) -> l
         tasks.append((check.__name__.removeprefix("check_"), partial(check, device, dry)))
     for apart in (gpu_processes.check_cold, gpu_processes.check_graph_cold):
         tasks.append((apart.__name__.removeprefix("check_"), partial(apart, device, dry, left)))
-    return [*tasks, ("halves", partial(gpu_checks.check_halves, device, dry))]
+    tasks.append(("halves", partial(gpu_checks.check_halves, device, dry)))
+    # Those that are done side by side before: here only where that failed.
+    return tasks + [
+        (f"{what} {family} {name}", partial(check, device, dry, family, dtype))
+        for what, check in (("answers", gpu_checks.check_answers), ("launches", gpu_checks.check_launches))
+        for family in KERNELS
+        for name, dtype in named
+    ]
 
 
 def tests(device: torch.device, dry: bool, left: Callable[[], float]) -> list[Task]:
@@ -230,12 +232,12 @@ def work(part: str, device: torch.device, dry: bool, seconds: float, out: Path, 
             name, task = tasks.pop(0)  # what a case holds goes with it: models, and their graphs
             if left() > 0:
                 report["running"] = name
-                out.write_text(json.dumps(report, indent=1) + "\n")
+                _write(out, report)
                 _do(name, task, report, timed)
                 report["done"].append(name)
             report["running"] = ""
             del task
-            out.write_text(json.dumps(report, indent=1) + "\n")
+            _write(out, report)
             if "the context died" in report["failed"].get(name, ""):
                 break
             gc.collect()
@@ -299,10 +301,10 @@ def _watched(part: str, only: str, held: Path, log: Path, end: float, dry: bool,
                 known["not_run"].pop(running, None)
             known["done"].append(running)
             known["running"] = ""
-            held.write_text(json.dumps(known, indent=1) + "\n")
+            _write(held, known)
             if up:
                 return 124
-        elif done.returncode != AGAIN:
+        elif done.returncode in (0, 1, 124):  # else its CUDA context died, or it did when that was taken down
             return done.returncode
         if len(known.get("done", ())) <= len(before.get("done", ())) or time.monotonic() > end - margin:
             return done.returncode
@@ -310,6 +312,13 @@ def _watched(part: str, only: str, held: Path, log: Path, end: float, dry: bool,
 
 def _read(held: Path) -> dict[str, Any]:
     return json.loads(held.read_text()) if held.exists() else {}
+
+
+def _write(held: Path, known: dict[str, Any]) -> None:
+    """Whole or not at all: a process can be ended at any moment."""
+    draft = held.with_suffix(".part")
+    draft.write_text(json.dumps(known, indent=1) + "\n")
+    draft.replace(held)
 
 
 def _side_by_side(part: str, held: Path, log: Path, end: float, only: str) -> None:
@@ -334,7 +343,7 @@ def _side_by_side(part: str, held: Path, log: Path, end: float, only: str) -> No
             whole["done"] = sorted({*whole.get("done", ()), *known.get("done", ())})
             with log.open("a") as together:
                 together.write(said.read_text(errors="replace") if said.exists() else f"{name}: nothing was said\n")
-    held.write_text(json.dumps({"results": [], "checks": {}, "failed": {}, "not_run": {}} | whole, indent=1) + "\n")
+    _write(held, {"results": [], "checks": {}, "failed": {}, "not_run": {}} | whole)
 
 
 def run_part(part: str, dry: bool, minutes: float, folder: Path, only: str = "", commit: str = "") -> int:
@@ -355,7 +364,7 @@ def run_part(part: str, dry: bool, minutes: float, folder: Path, only: str = "",
     known["exit_code"] = code
     rows = goals.evaluate({} if dry else {part: known})
     known["goals"] = rows
-    held.write_text(json.dumps(known, indent=1) + "\n")
+    _write(held, known)
     lines = [said.strip(), f"\n==== goals: what {part} says ====", goals.text(rows), f"\n==== {part} ===="]
     lines += [f"NOT RUN  {name}: {reason}" for name, reason in known["not_run"].items()]
     lines += [f"FAILED   {name}: {reason[-300:]}" for name, reason in known["failed"].items()]

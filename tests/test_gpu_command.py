@@ -249,13 +249,14 @@ def test_a_task_that_takes_its_process_along_does_not_end_the_part(tmp_path, mon
     waiting = {"crash": "the time was up", "hang": "the time was up"}
     lives = (
         (-11, {"running": "crash", "not_run": waiting}),
-        (gpu.AGAIN, {"failed": {"crash": "", "dead": "CUDA error (the context died)"}, "done": ["crash", "dead"]}),
+        (gpu.AGAIN, {"failed": {"crash": "", "dead": "CUDA error (the context died)"}, "done": ["crash", "dead"], "running": ""}),
+        (-6, {"done": ["crash", "dead", "aborts"], "running": ""}),
         (124, {"running": "hang", "not_run": {"hang": "the time was up"}}),
-        (0, {"checks": {"last": {}}, "done": ["crash", "dead", "hang", "last"], "running": ""}),
+        (0, {"checks": {"last": {}}, "done": ["crash", "dead", "aborts", "hang", "last"], "running": ""}),
     )
     commands = processes(monkeypatch, *lives)
     assert gpu.run_part("memory", False, 9.5, tmp_path) == 1
-    assert len(commands) == 4
+    assert len(commands) == 5
     found = json.loads((tmp_path / "gpu_memory.json").read_text())
     assert found["failed"]["hang"] == "it hung and was ended"
     assert found["not_run"] == {}
