@@ -338,7 +338,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
     def output(*command: str) -> str:
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-        except OSError:
+        except (OSError, subprocess.TimeoutExpired):
             return ""
 
     checkout = (ROOT / ".git").exists()  # an installed package may lie in somebody else's

@@ -223,14 +223,17 @@ def peak_memory(call: Call, device: torch.device) -> int:
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Kernels, copies and fills that one call starts on a GPU."""
+    """Kernels, copies and fills that one call starts on a GPU; None where nothing can be traced."""
     if device.type != "cuda":
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return None
     on_gpu = torch.autograd.DeviceType.CUDA
-    return sum(1 for event in profiler.events() if event.device_type == on_gpu)
+    return sum(1 for event in profiler.events() if event.device_type == on_gpu) or None
 
 
 def page_faults(call: Call, device: torch.device) -> int | None:

@@ -280,14 +280,14 @@ def test_side_by_side_nothing_gets_lost(tmp_path, monkeypatch):
     names = tuple(f"launches {n}" for n in range(3))
     monkeypatch.setitem(gpu.BESIDE, "correctness", (names, 1))
     lives = [(0, {"checks": {name: {"launches": 1}}, "done": [name]}) for name in names[:2]]
-    commands = processes(monkeypatch, *lives, (-9, None), (0, {"checks": {"cold": {}}}))
+    commands = processes(monkeypatch, *lives, (-9, None), (0, {}))
     assert gpu.run_part("correctness", False, 9.5, tmp_path) == 1
     assert [c[c.index("--only") + 1] for c, _ in commands] == [*names, ""]
     found = json.loads((tmp_path / "gpu_correctness.json").read_text())
     assert list(found["failed"]) == ["launches 2: the process"]
     assert sorted(found["done"]) == list(names[:2])
-    said = (tmp_path / "gpu_correctness.txt").read_text()
-    assert "1 done" in said
+    assert found["checks"] == dict.fromkeys(names[:2], {"launches": 1})
+    assert "2 done" in (tmp_path / "gpu_correctness.txt").read_text()
 
 
 def test_a_second_process_goes_on_where_the_first_one_ended(tmp_path, monkeypatch):
