@@ -286,7 +286,7 @@ def test_side_by_side_nothing_gets_lost(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "gpu_correctness.json").read_text())
     assert list(found["failed"]) == ["launches 2: the process"]
     assert sorted(found["done"]) == list(names[:2])
-    assert found["checks"] == dict.fromkeys(names[:2], {"launches": 1})
+    assert found["checks"] == {name: {"launches": 1} for name in names[:2]}
     assert "2 done" in (tmp_path / "gpu_correctness.txt").read_text()
 
 
