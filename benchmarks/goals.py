@@ -35,6 +35,10 @@ class Bar:
         """Whether less is better."""
         return self.metric in ("overhead", "floor", "us", "launches") or self.metric.startswith("check <")
 
+    def holds_for(self, named: str) -> bool:
+        """Whether the title of a case, as `title` gives it, has the words of the bar."""
+        return all(word in named for word in self.where) and not any(word in named for word in self.without)
+
     def reaches(self, value: float, bar: float | None) -> bool:
         return bar is None or (value <= bar if self.low else value >= bar)
 
@@ -231,7 +235,7 @@ def _numbers(bar: Bar, part: dict[str, Any]) -> list[tuple[float, str]]:
     found = []
     for result in part.get("results", ()):
         named = title(result)
-        if all(word in named for word in bar.where) and not any(word in named for word in bar.without):
+        if bar.holds_for(named):
             value = number(result, bar.metric, part["ceilings"])
             if value is not None and not math.isnan(value):
                 found.append((value, named.strip()))

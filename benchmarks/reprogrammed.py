@@ -39,7 +39,9 @@ class Models:
             torch.manual_seed(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.made[self.dtype] = self.make().eval().requires_grad_(False).to(prompt.device, self.dtype)
+                with torch.device(prompt.device):  # random numbers for a billion weights take a host core a minute
+                    model = self.make()
+                self.made[self.dtype] = model.eval().requires_grad_(False).to(prompt.device, self.dtype)
         if prompt.dtype not in self.made:
             self.made[prompt.dtype] = copy.deepcopy(self.made[self.dtype]).to(prompt.dtype)
         return self.made[prompt.dtype]

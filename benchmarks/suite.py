@@ -155,13 +155,13 @@ def bind(form: Form, case: Case, inputs: Inputs) -> timing.Call:
     return lambda: torch.autograd.grad(out, wanted, inputs["g"], retain_graph=True)
 
 
-def in_float64(inputs: Inputs) -> Inputs:
-    """The same values, floating point as float64."""
+def in_dtype(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
+    """The same values, floating point in that dtype."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        return value.detach().double().requires_grad_(value.requires_grad)
+        return value.detach().to(dtype, copy=True).requires_grad_(value.requires_grad)
 
     return {name: convert(value) for name, value in inputs.items()}
 
@@ -183,7 +183,19 @@ def sentence(failure: Exception) -> str:
 
 
 def truth_of(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
-    return tuple(t.detach() for t in bind(case.formula, case, in_float64(inputs))())
+    """The formula's answer in float64; in float32, for a case of 16 bits, where a GPU has no room for that."""
+    try:
+        return _in(torch.float64, case, inputs)
+    except torch.OutOfMemoryError:
+        if case.dtype.itemsize > 2:
+            raise
+    gc.collect()
+    torch.cuda.empty_cache()
+    return _in(torch.float32, case, inputs)
+
+
+def _in(dtype: torch.dtype, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    return tuple(t.detach() for t in bind(case.formula, case, in_dtype(inputs, dtype))())
 
 
 # ---- One case ----
@@ -196,22 +208,25 @@ def _compiled(form: Form) -> Form:
 
 
 def run(
-    case: Case, device: torch.device, ceilings: dict[str, float], *, quick: bool = False, rivals: Sequence[str] | None = None
+    case: Case, device: torch.device, ceilings: dict[str, float], *, quick: bool = False, rivals: Sequence[str] | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Checks and times a case, beside these rivals (None: all). Everything that is printed is in the result."""
+    """Checks and times a case, beside these rivals (None: all). Everything that is printed is in the result.
+
+    quick: without torch.compile, unless `rivals` names it. seconds: of timing for each form (default: 1, quick 0.15).
+    """
     generator = torch.Generator(device).manual_seed(0)
     first = case.inputs(generator, device)
     truth = truth_of(case, first)
+    true_dtype = next((t.dtype for t in truth if t.is_floating_point()), torch.float64)
     tensors = [value for value in first.values() if isinstance(value, Tensor)]
     set_bytes = sum(t.nbytes for t in tensors) + sum(t.numel() for t in truth) * case.dtype.itemsize
     count = timing.sets_needed(set_bytes, device)
     sets = [first, *(case.inputs(generator, device) for _ in range(count - 1))]
 
-    forms = dict(case.forms)
-    if "eager" in forms and (not quick or "compile" in (rivals or ())):
-        forms["compile"] = _compiled(forms["eager"])
-    if rivals is not None:
-        forms = {name: form for place, (name, form) in enumerate(forms.items()) if not place or name in rivals}
+    forms = {name: form for place, (name, form) in enumerate(case.forms.items()) if not place or rivals is None or name in rivals}
+    if "eager" in case.forms and (not quick if rivals is None else "compile" in rivals):
+        forms["compile"] = _compiled(case.forms["eager"])
     written = [t._version for t in tensors]
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, list[timing.Call]] = {}
@@ -238,10 +253,16 @@ def run(
             row["refused"] = f"not here: {reason}"
         except Exception as failure:  # a rival that breaks is a result, not the end of the run
             row["refused"] = f"failed: {sentence(failure)}"
+            calls.pop(name, None)
     ours = next(iter(forms))
     if ours in calls:
         calls["A/A"] = calls[ours]
-    times = timing.compare(calls, device, 0.15 if quick else 1.0)
+    failed: dict[str, Exception] = {}
+    times = timing.compare(calls, device, seconds or (0.15 if quick else 1.0), failed)
+    for name, why in failed.items():
+        rows.setdefault(ours if name == "A/A" else name, {})["refused"] = f"failed: {sentence(why)}"
+    if not {ours, "A/A"} <= times.keys():
+        times = {name: taken for name, taken in times.items() if name not in (ours, "A/A")}
     for name, taken in times.items():
         rows.setdefault(name, {}).update(
             median_s=taken.median, p20_s=taken.p20, p80_s=taken.p80, samples=taken.samples, clock=taken.clock
@@ -254,6 +275,7 @@ def run(
         "best": [name for name in case.best if name in times], "rows": rows,
     }  # fmt: skip
     result |= {"items": case.items, "unit": case.unit} if case.items else {}
+    result |= {"truth": "float32, float64 has no room"} if true_dtype == torch.float32 else {}
     if ours in times:
         base = times[ours].median
         result["noise"] = abs(times["A/A"].median / base - 1)
@@ -280,6 +302,7 @@ def text(result: dict[str, Any]) -> str:
     if "noise" in result:
         facts += f", {result['of_copy_ceiling']:.0%} of the copy ceiling, A/A {result['noise']:.1%}"
     facts += "" if result["cold"] else ", warm cache"
+    facts += f", truth in {result['truth']}" if "truth" in result else ""
     lines = [head, f"  {facts}"]
     overhead = result.get("overhead", {})
     over = f"{'vs frozen':>11}" if overhead else ""
@@ -315,7 +338,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
     def output(*command: str) -> str:
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-        except OSError:
+        except (OSError, subprocess.TimeoutExpired):
             return ""
 
     checkout = (ROOT / ".git").exists()  # an installed package may lie in somebody else's

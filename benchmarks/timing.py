@@ -2,7 +2,8 @@
 
 GPU: CUDA events; what takes the device under 100 us is timed by replaying a CUDA graph of one call for each input set, where
 it can be captured. The input sets and the outputs of a rotation together pass 240 MB, so the second-level cache is cold;
-small ones do not (at most 64 sets), which is said in the result. CPU: the host's clock. A second entry of the first provider
+small ones do not (at most 64 sets), which is said in the result. A rotation takes 0.2 s at most: calls of milliseconds, which
+move more than a cache holds, take turns on fewer sets. CPU: the host's clock. A second entry of the first provider
 (A/A) says how far apart two timings of the same thing lie: the noise floor.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ Call = Callable[[], Any]
 # On a machine that others use: `time.process_time`, with one thread. Time spent waiting for a core is then left out.
 host_clock = time.perf_counter
 
+ROTATION = 0.2  # seconds at most for one call of each input set, but of two
 COLD_BYTES = {"cuda": 240 << 20, "cpu": 96 << 20}
 MAX_SETS = {"cuda": 64, "cpu": 4}
 
@@ -54,20 +57,33 @@ def sets_needed(set_bytes: int, device: torch.device) -> int:
     return max(2, min(MAX_SETS[kind], -(-COLD_BYTES[kind] // max(set_bytes, 1))))
 
 
-def compare(providers: dict[str, list[Call]], device: torch.device, seconds: float = 1.0) -> dict[str, Time]:
+def compare(
+    providers: dict[str, list[Call]], device: torch.device, seconds: float = 1.0, failed: dict[str, Exception] | None = None
+) -> dict[str, Time]:
     """Times providers against each other; each has one call for every input set of the rotation.
 
     Args:
         seconds: measuring time for each provider.
+        failed: gets those that raise, and why; the others go on. None: what they raise is raised.
     """
+    timers: dict[str, Any] = {}
+
+    def attempt(name: str, do: Callable[[], Any]) -> None:
+        try:
+            do()
+        except Exception as failure:
+            if failed is None:
+                raise
+            failed[name] = failure
+            timers.pop(name, None)
+
     timer = _EventTimer if device.type == "cuda" else _HostTimer
-    timers = {name: timer(calls, seconds) for name, calls in providers.items()}
-    order, spent = list(timers), 0.0
-    start = time.perf_counter()
-    while spent < seconds * len(order) or any(len(t.samples) < 5 for t in timers.values()):
-        random.shuffle(order)
-        for name in order:
-            timers[name].sample()
+    for name, calls in providers.items():
+        attempt(name, lambda name=name, calls=calls: timers.update({name: timer(calls, seconds)}))  # type: ignore[misc]
+    spent, start = 0.0, time.perf_counter()
+    while spent < seconds * len(timers) or any(len(t.samples) < 5 for t in timers.values()):
+        for name in random.sample(list(timers), len(timers)):
+            attempt(name, timers[name].sample)
         spent = time.perf_counter() - start
     return {name: Time.of(t.samples, t.clock) for name, t in timers.items()}
 
@@ -96,9 +112,14 @@ class _EventTimer:
     """Samples are rotations: one call for each input set, whose outputs are kept so that no two share a buffer."""
 
     def __init__(self, calls: list[Call], seconds: float) -> None:
-        self.calls, self.clock = calls, "events"
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        calls[0]()
+        torch.cuda.synchronize()
+        once = time.perf_counter() - start
+        self.calls, self.clock = calls[: max(2, int(ROTATION / max(once, 1e-9)))], "events"
         self.samples: list[float] = []
-        self.outputs: list[Any] = [None] * len(calls)
+        self.outputs: list[Any] = [None] * len(self.calls)
         self.run = self._loop
         self._loop()
         start = time.perf_counter()
@@ -106,14 +127,25 @@ class _EventTimer:
         host = time.perf_counter() - start
         torch.cuda.synchronize()
         # Behind a sleep of twice the host's time (at 2 GHz) all calls are queued when the first one starts: the device's time.
-        torch.cuda._sleep(int(4e9 * host))
+        torch.cuda._sleep(int(4e9 * min(host, ROTATION)))
         self.sample()
-        if self.samples.pop() < 100e-6:
+        if self.samples.pop() < 100e-6 and self._runs_ahead():
             self._capture()
 
     def _loop(self) -> None:
         for i, call in enumerate(self.calls):
             self.outputs[i] = call()
+
+    def _runs_ahead(self) -> bool:
+        """Whether no call waits for the device. Asked before, because a capture that fails is hard to recover from."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._loop()
+        except RuntimeError:
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return True
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -121,8 +153,12 @@ class _EventTimer:
             # Autograd replays a backward pass on its forward's stream, so everything runs on one.
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 self._loop()
-        except RuntimeError:
-            torch.cuda.synchronize()  # it copies from the host or waits for the device: no graph
+        except RuntimeError as failure:
+            print(f"no CUDA graph: {failure}", file=sys.stderr)
+            torch.cuda.synchronize()
+            # After a capture that failed the generator refuses to draw until another one has succeeded.
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+                torch.zeros(1, device="cuda")
             return
         self.run, self.clock = graph.replay, "graph"
 
@@ -187,14 +223,17 @@ def peak_memory(call: Call, device: torch.device) -> int:
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Kernels, copies and fills that one call starts on a GPU."""
+    """Kernels, copies and fills that one call starts on a GPU; None where nothing can be traced."""
     if device.type != "cuda":
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return None
     on_gpu = torch.autograd.DeviceType.CUDA
-    return sum(1 for event in profiler.events() if event.device_type == on_gpu)
+    return sum(1 for event in profiler.events() if event.device_type == on_gpu) or None
 
 
 def page_faults(call: Call, device: torch.device) -> int | None:

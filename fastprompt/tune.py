@@ -3,6 +3,7 @@
 Every kernel is launched with each candidate on one or two of its usual shapes. A candidate whose answer differs from plain
 PyTorch's, or that does not fit the machine, is left out. What is left is timed interleaved, as CUDA graphs over input sets
 that no cache holds; the kernel's present launch is kept unless another one is more than 2 % faster over all its shapes.
+Before that, processes beside each other compile what will be tried: one after the other that would take most of the time.
 Nothing is measured on a user's call. On a CPU (`--dry`) the same runs in Triton's interpreter on tiny shapes.
 """
 
@@ -10,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -294,6 +298,48 @@ def impl_here(device: torch.device) -> str:
     return "auto" if device.type == "cuda" else "triton"
 
 
+def compile_ahead(families: list[str], seconds: float, processes: int | None = None) -> list[int]:
+    """Fills Triton's cache with every candidate in processes that each launch their share once. Their exit codes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, min(14, cores - 2)) if processes is None else processes
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    code = "import sys; from fastprompt.tune import launch_share; launch_share(sys.argv[1].split(','), *map(int, sys.argv[2:]))"
+    command, end = [sys.executable, "-c", code, ",".join(families)], time.monotonic() + seconds
+    started = [
+        subprocess.Popen(
+            [*command, str(share), str(count)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for share in range(count)
+    ]
+    codes = []
+    for child in started:
+        try:
+            codes.append(child.wait(max(0.0, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            codes.append(child.wait())
+    return codes
+
+
+def launch_share(families: list[str], share: int, shares: int) -> None:
+    """Launches every candidate whose turn it is once."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    launches = {family: table_of(family, _runtime.arch(device)) for family in families}
+    turn = 0
+    for work in (work for family in families for work in works(family, device.type == "cpu")):
+        call = None
+        for kernel in work.kernels:
+            table = launches[work.family]
+            for launch in candidates(work.family, kernel, table[kernel]):
+                turn += 1
+                if turn % shares != share:
+                    continue
+                with _measured.trying(table, kernel, launch), contextlib.suppress(Exception):  # told when it is measured
+                    call = call or work.bind(work.inputs(torch.Generator(device).manual_seed(0), device), impl_here(device))
+                    call()
+
+
 def measure(work: Work, device: torch.device, seconds: float, most: int | None = None) -> dict[Any, dict[Any, float]]:
     """{kernel: {launch: seconds a call}} of those launches that give the right answer, the present one first.
 
@@ -345,10 +391,11 @@ def _interleaved(
 
 
 def tune(families: list[str] | None = None, *, dry: bool = False, minutes: float = 8.0, path: str | None = None) -> Path:
-    """Measures, writes the file and returns where it lies. What the time was too short for keeps its launch and is listed.
+    """Measures, writes the file after every shape and returns where it lies. What the time was too short for, or what failed,
+    keeps its launch and is listed.
 
     Raises:
-        RuntimeError: no GPU, and not dry.
+        RuntimeError: no GPU, and not dry; or, at the end, a kernel whose present launch fails or gives a wrong answer.
         ValueError: a family that has no launches.
     """
     for family in families or ():
@@ -360,35 +407,41 @@ def tune(families: list[str] | None = None, *, dry: bool = False, minutes: float
     arch = _runtime.arch(device)
     gpu = _measured.gpu_name(arch)
     assert gpu is not None
+    to = Path(path) if path else _measured.target(gpu)
+    chosen = {family: dict(table_of(family, arch)) for family in _measured.FAMILIES} if to.is_file() else {}
+    facts = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "torch": torch.__version__}
+    facts["triton"] = import_module("triton").__version__
     todo = [work for family in families or _measured.FAMILIES for work in works(family, dry)]
     times: dict[tuple[str, Any], list[dict[Any, float]]] = {}
     report: dict[str, Any] = {}
-    not_run, start = [], time.perf_counter()
+    failed, start = [], time.perf_counter()
+    if not dry:
+        codes = compile_ahead(list(families or _measured.FAMILIES), 20 * minutes)
+        print(f"compiled ahead by {len(codes)} processes in {time.perf_counter() - start:.0f} s", flush=True)
     with _own_stream(device):
         for work in todo:
             if time.perf_counter() - start > 60 * minutes:
-                not_run.append(work.title)
+                print(f"not measured, the time was up: {work.title}")
                 continue
             print(work.title, flush=True)
-            for kernel, found in measure(work, device, 0.01 if dry else 1.0, 2 if dry else None).items():
+            try:
+                found_of = measure(work, device, 0.01 if dry else 1.0, 2 if dry else None)
+            except Exception as failure:
+                failed.append(f"{work.title}: {type(failure).__name__}: {failure}"[:400])
+                print(f"  failed: {failed[-1]}", flush=True)
+                continue
+            for kernel, found in found_of.items():
                 times.setdefault((work.family, kernel), []).append(found)
                 ranked = sorted(found, key=found.__getitem__)
                 report[f"{work.title}: {_measured._name(kernel)}"] = {label(c): round(found[c] * 1e6, 2) for c in ranked}
                 for launch in ranked[:3]:
                     present = "  (present)" if launch == next(iter(found)) else ""
                     print(f"  {_measured._name(kernel):20}{found[launch] * 1e6:>10.1f} us  {label(launch)}{present}")
-    for title in not_run:
-        print(f"not measured, the time was up: {title}")
-    chosen: dict[str, dict[Any, Any]] = {}
-    for (family, kernel), found_all in times.items():
-        chosen.setdefault(family, {})[kernel] = best(found_all)
-    to = Path(path) if path else _measured.target(gpu)
-    others = [family for family in _measured.FAMILIES if family not in chosen] if to.is_file() else []
-    kept = {family: table_of(family, arch) for family in others}
-    facts = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "torch": torch.__version__}
-    facts["triton"] = import_module("triton").__version__
-    _measured.write(to, gpu, arch, chosen | kept, conditions=facts, microseconds=report)
+                chosen.setdefault(work.family, {})[kernel] = best(times[work.family, kernel])
+            _measured.write(to, gpu, arch, chosen, conditions=facts, microseconds=report)
     _measured.forget()
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(todo)} shapes failed: {'; '.join(failed)}")
     print(f"written: {to}")
     return to
 

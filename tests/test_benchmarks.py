@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -37,7 +38,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def each_once(calls, device, seconds=1.0):
+def each_once(calls, device, seconds=1.0, failed=None):
     """In place of the timer: every provider is called, and takes a millisecond more than the one before."""
     taken = {}
     for place, (name, own) in enumerate(calls.items()):
@@ -388,3 +389,130 @@ def test_this_tree_against_its_own_revision(tmp_path, interrupted):
         assert "1 cases compared, 0 slower" in said
         report = json.loads((tmp_path / "out.json").read_text())
         assert [len(r["results"]) for r in (report, report["base"])] == [1, 1]
+
+
+class FakeGpu:
+    """What the timer asks of torch.cuda, on a clock that calls move; a graph can be refused."""
+
+    def __init__(self, patch, refuse=False):
+        self.now, self.graphs, self.mode, self.drawn = 0.0, 0, "default", True
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = fake.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return 1e3 * (other.at - self.at)
+
+        class Graph:
+            def replay(self):
+                fake.now += self.took
+
+        @contextlib.contextmanager
+        def graph(made, stream):
+            fake.graphs += 1
+            start = fake.now
+            yield
+            if refuse and fake.graphs == 1:
+                fake.drawn = False  # PyTorch's generator
+                raise RuntimeError("operation failed due to a previous error during capture")
+            fake.drawn, made.took = True, fake.now - start
+
+        def synchronize():
+            pass
+
+        for name, value in {
+            "Event": Event, "CUDAGraph": Graph, "graph": graph, "synchronize": synchronize, "_sleep": lambda cycles: None,
+            "current_stream": lambda: None, "set_sync_debug_mode": lambda mode: setattr(fake, "mode", mode),
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(suite.timing.time, "perf_counter", lambda: self.now)
+        zeros = torch.zeros
+        patch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))
+
+    def call(self, seconds, waits=False):
+        def run():
+            if waits and self.mode == "error":
+                raise RuntimeError("called a synchronizing CUDA operation")
+            self.now += seconds
+
+        return run
+
+
+def timed(gpu, calls):
+    return suite.timing._EventTimer(calls, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "waits", "refuse", "clock", "sets"),
+    [
+        (1e-5, False, False, "graph", 64),
+        (1e-5, True, False, "events", 64),  # no capture is even tried
+        (1e-5, False, True, "events", 64),
+        (1e-3, False, False, "events", 64),
+        (0.05, False, False, "events", 4),  # a rotation of 64 would take 3 seconds
+        (3.0, False, False, "events", 2),
+    ],
+)
+def test_the_timer_of_a_gpu(monkeypatch, capsys, seconds, waits, refuse, clock, sets):
+    gpu = FakeGpu(monkeypatch, refuse)
+    timer = timed(gpu, [gpu.call(seconds, waits)] * 64)
+    assert (timer.clock, len(timer.calls)) == (clock, sets)
+    assert gpu.graphs == (0 if waits or seconds > 1e-4 else 2 if refuse else 1)
+    assert gpu.drawn
+    assert gpu.mode == "default"
+    timer.sample()
+    assert timer.samples == [pytest.approx(seconds)]
+    assert ("no CUDA graph" in capsys.readouterr().err) == refuse
+
+
+def test_a_form_that_fails_while_it_is_timed_leaves_the_others_their_times():
+    left = [3]
+
+    def breaks():
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("out of memory")
+
+    failed = {}
+    times = COMPARE({"good": [lambda: None], "bad": [breaks]}, CPU, 0.01, failed)
+    assert list(times) == ["good"]
+    assert str(failed["bad"]) == "out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        COMPARE({"bad": [breaks]}, CPU, 0.01)
+
+
+def test_a_result_without_times_of_ours_is_refused(monkeypatch):
+    for name in ("fastprompt", "A/A"):
+
+        def compare(calls, device, seconds, failed, name=name):
+            failed[name] = RuntimeError("illegal address")
+            return {other: taken for other, taken in each_once(calls, device).items() if other != name}
+
+        monkeypatch.setattr(suite.timing, "compare", compare)
+        result = run(case(plain=lambda i: i["x"] + i["x"]))
+        assert result["rows"]["fastprompt"]["refused"] == "failed: RuntimeError: illegal address"
+        assert "speedup" not in result
+        assert result["rows"]["plain"]["median_s"] > 0
+        assert "illegal address" in suite.text(result)
+
+
+def test_the_truth_is_in_float32_where_float64_has_no_room(monkeypatch):
+    def tight(inputs):
+        if inputs["x"].dtype == torch.float64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inputs["x"] * 2
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    half = replace(case(), formula=tight, dtype=torch.bfloat16)
+    assert run(half)["truth"].startswith("float32")
+    assert "truth" not in run(case())
+    with pytest.raises(torch.OutOfMemoryError):
+        run(replace(case(), formula=tight))

@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 import fastprompt
-from fastprompt import _runtime, functional, profiling
+from fastprompt import _runtime, functional
 from fastprompt.nn import DeepPrompt, LabelMap, PaddedPrompt, SoftPrompt
-from fastprompt.profiling import Evidence, Op, Part, Profile, Span, advise, attribute, memory_of, run_script
+from fastprompt.profiling import Op, Part, Profile, numbers, run_script, trace
+from fastprompt.profiling.advice import Evidence, advise
+from fastprompt.profiling.results import PARTS
+from fastprompt.profiling.trace import Span, attribute, memory_of, spans_of
 
 FEW = {"steps": 3, "warmup": 1}
 NAP = 0.02
@@ -29,7 +32,7 @@ def few_threads(monkeypatch, request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     if "ceilings" not in request.keywords:
-        monkeypatch.setattr(profiling, "ceilings", lambda device: (1e10, 1e11))
+        monkeypatch.setattr(numbers, "ceilings", lambda device: (1e10, 1e11))
     yield
     torch.set_num_threads(threads)
 
@@ -299,11 +302,11 @@ def test_a_frozen_model_that_only_the_user_knows():
 # ---- Attribution, exactly ----
 
 
-BASE = Profile("training", "cpu", 3, 10.0, 9.0, 11.0, samples=8, parts={n: Part() for n in profiling.PARTS}, flops=1e9)
+BASE = Profile("training", "cpu", 3, 10.0, 9.0, 11.0, samples=8, parts={n: Part() for n in PARTS}, flops=1e9)
 
 
 def marks(*times):
-    return [Span(profiling._MARK, at, at) for at in times]
+    return [Span(trace.MARK, at, at) for at in times]
 
 
 def test_every_instant_belongs_to_one_part():
@@ -317,10 +320,10 @@ def test_every_instant_belongs_to_one_part():
         Span("fastprompt: frozen model", 40, 55),
         Span("aten::linear", 41, 50, id=2, sequence=8),
         Span("aten::cross_entropy_loss", 50, 55, id=3, sequence=9),
-        Span(profiling._ENGINE + "NllLossBackward0", 62, 70, sequence=9, forward_thread=1),
-        Span(profiling._ENGINE + "AddmmBackward0", 72, 80, sequence=8, forward_thread=1),
+        Span(trace.ENGINE + "NllLossBackward0", 62, 70, sequence=9, forward_thread=1),
+        Span(trace.ENGINE + "AddmmBackward0", 72, 80, sequence=8, forward_thread=1),
         Span("aten::mm", 73, 79, id=4),
-        Span(profiling._ENGINE + "PerturbBackward", 80, 85, sequence=7, forward_thread=1),
+        Span(trace.ENGINE + "PerturbBackward", 80, 85, sequence=7, forward_thread=1),
         Span("Optimizer.step#SGD.step", 90, 98),
     ]
     spans = [span._replace(thread=1) for span in spans]
@@ -348,7 +351,7 @@ def test_kernels_of_a_gpu_belong_to_what_launched_them():
         Span("fastprompt::perturb", 10, 12, id=1, sequence=3),
         Span("fastprompt: frozen model", 12, 20),
         Span("aten::mm", 13, 14, id=2, sequence=4),
-        Span(profiling._ENGINE + "MmBackward0", 21, 23, thread=5, sequence=4),
+        Span(trace.ENGINE + "MmBackward0", 21, 23, thread=5, sequence=4),
         Span("aten::mm", 21, 23, thread=5, id=3),
         Span("k1", 12, 22, link=1, **gpu),
         Span("k2", 22, 52, link=2, **gpu),
@@ -382,8 +385,34 @@ def test_streams_at_a_time_share_it_and_calls_of_the_driver_are_counted():
     assert busy == 40
     assert found["perturbation", "forward"] == found["frozen model", "forward"] == 20
     counted = replace(BASE)
-    profiling._count(counted, spans, windows, busy)
+    numbers.count_calls(counted, spans, windows, busy)
     assert (counted.operators, counted.launches, counted.syncs, counted.busy) == (2, 3, 1, 0.4)  # one wait is the profile's own
+
+
+def test_copies_of_ranges_on_a_gpu_are_no_kernels():
+    """Kineto shows every `record_function` again on the device, around the kernels that were launched inside."""
+    kinds = torch.autograd.DeviceType
+
+    def event(name, start, end, device=kinds.CPU, user=False, link=0):
+        given = {
+            "name": name, "start_ns": start, "duration_ns": end - start, "start_thread_id": 1, "correlation_id": 1,
+            "sequence_nr": -1, "fwd_thread_id": 0, "device_type": device, "linked_correlation_id": link,
+            "is_user_annotation": user,
+        }  # fmt: skip
+        return SimpleNamespace(**{key: lambda value=value: value for key, value in given.items()})
+
+    events = [
+        event(trace.MARK, 0, 0, user=True), event("fastprompt.perturb", 1, 5, user=True), event("aten::add", 2, 4),
+        event("k1", 6, 9, kinds.CUDA, link=1), event("fastprompt.perturb", 6, 90, kinds.CUDA, user=True),
+        event("empty", 3, 3), event(trace.MARK, 100, 100, user=True),
+    ]  # fmt: skip
+    found = spans_of(SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events))))
+    assert [(s.name, s.on_gpu) for s in found] == [
+        (trace.MARK, False), ("fastprompt.perturb", False), ("aten::add", False), ("k1", True), (trace.MARK, False)
+    ]  # fmt: skip
+    charged, _, _, busy = attribute(found)
+    assert busy == 3
+    assert charged["perturbation", "forward"] == 3
 
 
 def allocation(at, pointer, size, device="cpu"):
@@ -398,7 +427,7 @@ def test_what_memory_holds_at_the_peak():
     trees = [
         node("fastprompt: perturbation", node("aten::empty", allocation(1, 10, 100)), allocation(2, 11, 7)),
         node("fastprompt: frozen model", allocation(3, 12, 50), allocation(4, 11, -7), allocation(5, 13, 30)),
-        node(profiling._ENGINE + "AddmmBackward0", allocation(6, 12, -50), allocation(7, 14, 40), allocation(8, 99, -5)),
+        node(trace.ENGINE + "AddmmBackward0", allocation(6, 12, -50), allocation(7, 14, 40), allocation(8, 99, -5)),
         node("aten::x", allocation(9, 15, 1000, "cuda:0")),
     ]
     peak, by = memory_of(trees, "cpu")

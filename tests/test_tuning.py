@@ -174,6 +174,49 @@ def test_wrong_answers_are_refused(folder, capsys, monkeypatch):
         tune.measure(wrong_with(True), torch.device("cpu"), 0.0, 2)
 
 
+@needs_interpreter
+def test_a_kernel_that_fails_leaves_the_others_their_launches(folder, monkeypatch):
+    from fastprompt import tune
+
+    def measure(work, *_):
+        if work.title.startswith("gather backward"):
+            raise RuntimeError("the present launch of add gives a wrong answer")
+        return {kernel: {embedding.launches(ARCH)[kernel]: 1.0} for kernel in work.kernels}
+
+    monkeypatch.setattr(tune, "measure", measure)
+    with pytest.raises(RuntimeError, match=r"1 of 2 shapes failed: gather backward .*wrong answer"):
+        tune.tune(["embedding"], dry=True)
+    assert set(json.loads((folder / "cpu.json").read_text())["launches"]["embedding"]) == {"gather"}
+
+
+@needs_interpreter
+def test_every_launch_is_compiled_ahead_by_one_process(tmp_path, monkeypatch):
+    from fastprompt import tune
+
+    tried = []
+    monkeypatch.setattr(tune.Work, "bind", lambda work, inputs, impl: lambda: tried.append((work.title, share)) or 1 / 0)
+    counts = [0, 0, 0]
+    for share in range(3):
+        tune.launch_share(["embedding", "mapping"], share, 3)
+        counts[share] = len(tried) - sum(counts[:share])
+    everything = 0
+    for family in ("embedding", "mapping"):
+        table = tune.table_of(family, ARCH)
+        everything += sum(len(tune.candidates(family, k, table[k])) for work in tune.works(family, True) for k in work.kernels)
+    assert sum(counts) == everything
+    assert max(counts) - min(counts) <= 1
+    assert tune.table_of("embedding", ARCH) == embedding.CONFIGS
+
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$3 $4 $5" >> {tmp_path}/said\nexit $4\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(tune.sys, "executable", str(python))
+    assert tune.compile_ahead(["embedding", "mapping"], 30.0, 2) == [0, 1]
+    assert sorted((tmp_path / "said").read_text().split("\n")) == ["", "embedding,mapping 0 2", "embedding,mapping 1 2"]
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    assert tune.compile_ahead(["embedding"], 0.0, 1) == [-9]
+
+
 def test_another_launch_must_gain_over_all_shapes():
     from fastprompt import tune
 

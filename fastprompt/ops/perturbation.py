@@ -101,9 +101,8 @@ def _matrix(size: int, out: int, mode: str, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _identity_table(channels: int, device: torch.device) -> Tensor:
-    table = torch.zeros((4, channels), device=device)
-    table[1] = 1
-    return table
+    # From the host, which waits for the copy: kept for all streams, and a graph that is captured cannot make it its own.
+    return torch.tensor([0.0, 1.0, 0.0, 0.0])[:, None].repeat(1, channels).to(device)
 
 
 def _flags(s: Settings, channels: int, mask: Tensor | None, clamp: bool, taps: Tensor | None) -> dict[str, Any]:
