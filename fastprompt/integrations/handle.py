@@ -180,6 +180,7 @@ class Attached:
             raise bad("use", "a prompt on the input for each sample", "None for some")
         device = next(self.parameters()).device if used else None
         self._index = None if index is None or not used else index.to(device)
+        self._numbers = torch.tensor([self._rows[row][1] for row in used], dtype=torch.int64, device=device)
         lengths = [self._rows[row][0].length for row in used if self._path is not None]
         self._lengths = torch.tensor(lengths, device=device) if len(set(lengths)) > 1 else None
         return self
@@ -276,12 +277,11 @@ class Attached:
         module = self._rows[0][0]
         if isinstance(module, _INNER) or _count(module) == 1:
             return True, None
-        rows = torch.tensor([self._rows[row][1] for row in self._used], device=next(module.parameters()).device)
         if self._index is None:
-            return True, rows.expand(batch)
+            return True, self._numbers.expand(batch)
         if len(self._index) != batch:
             raise bad("use", f"one prompt for each of the {batch} samples", len(self._index))
-        return True, rows[self._index]
+        return True, self._numbers[self._index]
 
     def _read(self, kwargs: dict[str, Any]) -> Reading | None:
         """What a call reads. A cache goes on with the prompt that it was begun with."""
@@ -339,13 +339,13 @@ class Attached:
         """One run of each prompt, so that what is not exact is refused now."""
         if self._path is None:
             return
-        before = self._used, self._index, self._lengths, self._choice
+        before = self._used, self._index, self._numbers, self._lengths, self._choice
         try:
             for number in range(len(self._rows)):
                 self.use(number)
                 self._path.run(self._made)
         finally:
-            self._used, self._index, self._lengths, self._choice = before
+            self._used, self._index, self._numbers, self._lengths, self._choice = before
 
 
 def _by_name(prompt: Any) -> dict[str, Any]:
