@@ -229,6 +229,7 @@ def _resize_transposed(d: Tensor, size: tuple[int, int], s: Settings) -> Tensor:
 
 _CACHE_BYTES = 1 << 20  # a chunk of samples that fits in a core's second-level cache
 _ONE_PASS = 1 << 17  # elements from which a pass for each channel costs less than two over all of them
+_SHORT = 64  # columns of a part of the canvas from which one more pass over its rows costs less than a dense copy
 _MOST_RUNS = 8  # runs of phases from which gathering rows costs less
 
 
@@ -397,7 +398,7 @@ _NOTHING = _Affine(None, None)
 def _affine(norm: Tensor | None) -> _Affine:
     if norm is None:
         return _NOTHING
-    mean, gain, _, _ = norm[:, :, None, None].unbind()
+    mean, gain, _, _ = norm.reshape(4, -1, 1, 1).unbind()
     return _Affine(gain, mean * gain)
 
 
@@ -459,6 +460,11 @@ def _whose(p: Tensor, index: Tensor | None, part: slice, s: Settings) -> Tensor:
     return p[:, None] if s.share == "product" else p
 
 
+def _only_adds(x: Tensor, canvas: _Affine, image: _Affine, s: Settings) -> bool:
+    """Whether the image needs nothing but the prompt."""
+    return image == _NOTHING == canvas and tuple(s.image[2:]) == tuple(s.canvas) and x.dtype != torch.uint8
+
+
 def _compose(
     x: Tensor, p: Tensor, cells: Tensor | None, canvas: _Affine, image: _Affine, out: Tensor, s: Settings
 ) -> None:  # fmt: skip
@@ -469,7 +475,7 @@ def _compose(
     if cells is None:
         _place_cpu(x, p, _absent(canvas, s) if _under_image(s) else None, image, out, s)
         return
-    if image == _NOTHING == canvas and tuple(s.image[2:]) == tuple(s.canvas) and x.dtype != torch.uint8:
+    if _only_adds(x, canvas, image, s):
         v = _pixels_cpu(x, s).float()
     else:
         v = torch.empty(out.shape)
@@ -508,17 +514,15 @@ def _place_cpu(x: Tensor, under: Tensor, flat: Tensor | float | None, image: _Af
 
 def _scale_and_shift(pixel: Tensor, unit: Tensor | float, flat: Tensor | float, out: Tensor) -> None:
     """out = pixel * unit + flat, which are one number or one a channel."""
-    if out.dtype != torch.float32:
+    if out.dtype != torch.float32 or (out.shape[-1] < _SHORT and not out.is_contiguous()):
         torch.add(pixel * unit, flat, out=out)
     elif out.dim() == 4 and out.stride(-1) == 1 and out.numel() >= _ONE_PASS:
         # PyTorch vectorises a pass with one number, not with a channel's: one pass for each channel.
         units, flats = (torch.as_tensor(t, dtype=torch.float32).flatten().expand(out.shape[1]) for t in (unit, flat))
         for times, plus, from_, to in zip(units.tolist(), flats.unbind(), pixel.unbind(1), out.unbind(1), strict=True):
             torch.add(plus, from_ if from_.dtype == torch.float32 else to.copy_(from_), alpha=times, out=to)
-    elif pixel.dtype == torch.float32:
-        torch.mul(pixel, unit, out=out).add_(flat)
     else:
-        out.copy_(pixel).mul_(unit).add_(flat)
+        torch.mul(pixel.float(), unit, out=out).add_(flat)
 
 
 def _forward_cpu(x, prompt, mask, cells, index, rows, norm, s):  # type: ignore[no-untyped-def]
@@ -542,7 +546,9 @@ def _forward_cpu(x, prompt, mask, cells, index, rows, norm, s):  # type: ignore[
     sample = (
         4 * x.shape[1] * (s.image[2] * s.image[3] * s.copies if bounds is None and cells is None else s.canvas[0] * s.canvas[1])
     )
-    if s.interpolation != "none" and x.dtype == torch.uint8:
+    if cells is not None and bounds is None and s.interpolation == "none" and _only_adds(x, canvas, image, s):
+        sample = 0  # one pass: nothing to keep in the cache
+    elif s.interpolation != "none" and x.dtype == torch.uint8:
         sample //= 4  # passes over long rows gain more than the cache
     parts = _chunks(batch, sample * (len(prompt) if s.share == "product" else 1), one_by_one)
     for part in parts:
