@@ -252,10 +252,11 @@ def test_where_pytorchs_resize_is_trusted_its_weights_cannot_differ(size, out):
 
 
 @pytest.mark.parametrize(
-    ("size", "out", "mode"), [(256, 224, "bilinear"), (16, 224, "bilinear"), (32, 224, "bicubic"), (64, 32, "bicubic")]
+    ("size", "out", "mode"),
+    [(256, 224, "bilinear"), (16, 224, "bilinear"), (225, 15, "bilinear"), (32, 224, "bicubic"), (64, 32, "bicubic")],
 )
 def test_where_pytorchs_resize_may_differ_it_is_not_used(size, out, mode):
-    """16 to 224: 28ths. A half is one weight's rounding away from going the other way."""
+    """16 to 224: 28ths have halves. 225 to 15: 225ths have none, but come nearer to one than 29 rounded weights allow."""
     assert not ops._rounds_alike(size, out, mode)
     assert not ops._pytorch_resizes_alike(3, (size, 8), (out, 4), mode)
 
