@@ -200,7 +200,8 @@ def _notes(results: Results) -> str:
     return "\n".join([
         f"- A batch of 256 uint8 32x32 images to 224, bicubic, normalised, every byte as Pillow's: {ms(_median(pipeline))}; the",
         f"  Pillow pipeline on one thread over it: {against(pipeline, 'Pillow', 5)}.",
-        f"- PyTorch's own uint8 resize is {faster} for 256 to 128, and differs from Pillow by up to 2 levels.",
+        f"- The same with PyTorch's own uint8 resize is {faster} for 256 to 128. Where its weights must give",
+        "  Pillow's bytes, as there, fastprompt runs it too; elsewhere it differs from Pillow by up to 2 levels.",
         f"- Matching at S=8100 over repeated arg-max: {against(match, 'repeated argmax', 100)}. Counting over loops:",
         f"  {against(count, 'loops', 30)}.",
     ])  # fmt: skip

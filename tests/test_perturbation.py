@@ -217,6 +217,76 @@ def test_every_path_resizes_bytes_as_the_reference(size, out, mode, impl, device
     check_bits(got.round().to(U8), reference.resize(x, out, mode))
 
 
+# Whole ratios, phases that repeat (8 / 7), none that do (51 / 37), one output, more than 32 taps, one axis alone.
+SIZES = [(32, 224), (64, 32), (50, 64), (96, 32), (64, 56), (51, 37), (37, 51), (70, 1), (1, 9), (330, 8), (24, 24), (13, 26)]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_bytes_on_a_cpu_are_pillows(mode):
+    for (height, tall), (width, wide) in zip(SIZES, SIZES[3:] + SIZES[:3], strict=True):
+        for channels, last in ((3, True), (3, False), (1, False)):
+            x = noisy_bytes(5, channels, height, width)
+            x = x.contiguous(memory_format=torch.channels_last) if last else x
+            wanted = reference.resize(x, (tall, wide), mode)
+            got = perturb(x, resize=(tall, wide), interpolation=mode, norm=normalization(0, 1 / 255, channels=channels))
+            check_bits(got.round().to(U8), wanted)
+            check_bits(ops._resize_exactly(x, (tall, wide), mode).to(U8), wanted)
+
+
+def rounded(weights, bits, pixels):
+    """Pillow's rule for rows of weights, as integers of `bits`, and bytes [n, taps]."""
+    whole = np.trunc(weights * 2.0**bits + np.copysign(0.5, weights)).astype(np.int64)
+    return (whole @ pixels.T + (1 << bits - 1) >> bits).clip(0, 255)
+
+
+@pytest.mark.parametrize(("size", "out"), [(256, 128), (32, 224), (224, 32), (50, 64), (96, 224), (84, 128), (336, 112)])
+def test_where_pytorchs_resize_is_trusted_its_weights_cannot_differ(size, out):
+    """The bytes of both sets of integer weights, on noise and on noise with black and white."""
+    assert ops._rounds_alike(size, out, "bilinear")
+    weights = np.unique(reference.resize_taps(size, out, "bilinear")[1], axis=0)
+    pixels = np.random.default_rng(0).integers(0, 256, (20_000, weights.shape[1]))
+    pixels[::2] = np.where(pixels[::2] < 64, 0, np.where(pixels[::2] > 191, 255, pixels[::2]))
+    bits = next(b for b in range(23) if b == 22 or int(0.5 + weights.max() * 2 ** (b + 1)) >= 1 << 15)
+    np.testing.assert_array_equal(rounded(weights, bits, pixels), rounded(weights, 22, pixels))
+
+
+@pytest.mark.parametrize(
+    ("size", "out", "mode"),
+    [(256, 224, "bilinear"), (16, 224, "bilinear"), (225, 15, "bilinear"), (32, 224, "bicubic"), (64, 32, "bicubic")],
+)
+def test_where_pytorchs_resize_may_differ_it_is_not_used(size, out, mode):
+    """16 to 224: 28ths have halves. 225 to 15: 225ths have none, but come nearer to one than 29 rounded weights allow."""
+    assert not ops._rounds_alike(size, out, mode)
+    assert not ops._pytorch_resizes_alike(3, (size, 8), (out, 4), mode)
+
+
+def test_a_pytorch_with_other_weights_is_not_used(monkeypatch):
+    """The proof is of today's PyTorch; another is caught by trying."""
+    theirs = ops._resize_by_pytorch
+    monkeypatch.setattr(ops, "_resize_by_pytorch", lambda *given: theirs(*given) ^ 1)
+    assert not ops._pytorch_resizes_alike.__wrapped__(3, (8, 8), (4, 4), "bilinear")
+
+
+def test_large_parts_are_scaled_channel_by_channel(monkeypatch):
+    """As whole parts are, to the last rounding."""
+    x, norm = noisy_bytes(3, 3, 20, 24), normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    prompt = torch.randn(2, 3, 32, 30, generator=torch.Generator().manual_seed(0))
+    forms = [
+        lambda: perturb(x, prompt[0], canvas=(32, 30), hole="image", norm=norm),
+        lambda: perturb(x / 255, canvas=(32, 30), norm=norm, space="normalized"),
+        lambda: perturb(x, resize=(32, 30), norm=norm),
+        lambda: perturb(x[:, :1], canvas=(32, 30), norm=norm),
+        lambda: perturb(x, prompt, canvas=(32, 30), hole="image", share="product", norm=norm),
+        lambda: perturb(x, canvas=(32, 30), norm=norm, memory_format=torch.channels_last),
+    ]
+    wanted = [form() for form in forms]
+    monkeypatch.setattr(ops, "_ONE_PASS", 1)
+    monkeypatch.setattr(ops, "_SHORT", 0)
+    for form, want in zip(forms, wanted, strict=True):
+        torch.testing.assert_close(form(), want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("size", "out"), SHAPES)
 def test_the_reference_resizes_floats_as_pytorch(size, out, mode):

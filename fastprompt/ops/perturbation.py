@@ -6,10 +6,12 @@ a time; with impl="triton" the kernels run there too, in Triton's interpreter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -225,6 +227,9 @@ def _resize_transposed(d: Tensor, size: tuple[int, int], s: Settings) -> Tensor:
 # ---- CPU ----
 
 _CACHE_BYTES = 1 << 20  # a chunk of samples that fits in a core's second-level cache
+_ONE_PASS = 1 << 17  # elements from which a pass for each channel costs less than two over all of them
+_SHORT = 64  # columns of a part of the canvas from which one more pass over its rows costs less than a dense copy
+_MOST_RUNS = 8  # runs of phases from which gathering rows costs less
 
 
 def _chunks(batch: int, sample_bytes: int, one_by_one: bool = False) -> list[slice]:
@@ -248,55 +253,131 @@ def _on_image(canvas: Tensor, s: Settings) -> Tensor:
     return canvas[..., top : top + height, left : left + width]
 
 
-@lru_cache(maxsize=64)
-def _bands(size: int, out: int, mode: str, step: int) -> list[tuple[slice, slice, Tensor, Tensor]]:
-    """Exact resampling as small matrix products: (out pixels, the pixels they read, two halves of the weights).
+class _Taps(NamedTuple):
+    """Resampling along one axis as sums of whole rows [before + size + after, n] times weights; the margins may hold anything.
 
-    A 22-bit weight w is split into w >> 11 and w & 2047, both times 2**-11. Pixels of 8 bits times a half, summed over up to
-    32 taps, are multiples of 2**-11 that float32 holds exactly.
+    parts: (phases, rows they read, 22-bit weights). A ratio of p / q pixels repeats every q outputs, its phases, so that a
+    tap of neighbouring phases is a slice with step p.
     """
-    weights = reference.resize_matrix(size, out, mode, True).long()
-    bands = []
-    for start in range(0, out, step):
-        part = weights[start : start + step]
-        read = part.any(0).nonzero()[:, 0]
-        reach = slice(int(read[0]), int(read[-1]) + 1)
-        high, low = ((half[:, reach] * 2.0**-11).contiguous() for half in (part >> 11, part & 2047))
-        bands.append((slice(start, start + len(part)), reach, high, low))
-    return bands
+
+    before: int
+    after: int
+    phases: int
+    overshoots: bool
+    parts: list[tuple[slice, slice | Tensor, Tensor]]
 
 
-def _resample(lines: Tensor, out: int, mode: str, step: int) -> Tensor:
-    """[size, n] -> [out, n]: (w * pixel summed + 2**21) >> 22, limited to a byte, with the carry of the low halves."""
-    high, low = torch.empty(out, lines.shape[1]), torch.empty(out, lines.shape[1])
-    for to, reach, more, less in _bands(lines.shape[0], out, mode, step):
-        torch.mm(more, lines[reach], out=high[to])
-        torch.mm(less, lines[reach], out=low[to])
-    return high.add_(low.floor_(), alpha=2.0**-11).add_(0.5).floor_().clamp_(0, 255)
+@lru_cache(maxsize=64)
+def _taps_cpu(size: int, out: int, mode: str) -> _Taps:
+    weights = reference.resize_matrix(size, out, mode, True).to(torch.int32)
+    overshoots = bool((weights < 0).any())
+    repeats = math.gcd(size, out)
+    step, phases = size // repeats, out // repeats
+    start = step * torch.arange(repeats)[:, None]
+    used = (weights != 0).int()
+    low = (used.argmax(1).view(repeats, phases) - start).amin(0).tolist()
+    high = (size - used.flip(1).argmax(1).view(repeats, phases) - start).amax(0).tolist()
+    longest = max(end - first for first, end in zip(low, high, strict=True))
+    runs: list[range] = []
+    for phase in range(phases):
+        begin = runs[-1].start if runs else 0
+        if runs and max(high[begin : phase + 1]) - min(low[begin : phase + 1]) <= longest:
+            runs[-1] = range(begin, phase + 1)
+        else:
+            runs.append(range(phase, phase + 1))
+    if len(runs) > _MOST_RUNS:  # every tap gathers its rows
+        first, table = (torch.from_numpy(t) for t in _integer_taps(size, out, mode))
+        gathered = [(first + tap).clamp(max=size - 1) for tap in range(table.shape[1])]
+        return _Taps(0, 0, 1, overshoots, [(slice(1), rows, w[:, None, None]) for rows, w in zip(gathered, table.T, strict=True)])
+    before, after = max(0, -min(low)), max(0, max(high) - step)
+    weights = torch.nn.functional.pad(weights, (before, after))
+    parts: list[tuple[slice, slice | Tensor, Tensor]] = []
+    for run in runs:
+        outputs = phases * torch.arange(repeats)[:, None] + torch.tensor(run)
+        for tap in range(before + min(low[i] for i in run), before + max(high[i] for i in run)):
+            rows = slice(tap, tap + step * (repeats - 1) + 1, step)
+            parts.append((slice(run.start, run.stop), rows, weights[outputs, tap + start][..., None].contiguous()))
+    return _Taps(before, after, phases, overshoots, parts)
+
+
+def _integer_taps(size: int, out: int, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    first, weights = reference.resize_taps(size, out, mode)
+    return first, reference.fixed_point(weights)
+
+
+def _resample(rows: Tensor, taps: _Taps, out: int) -> Tensor:
+    """int32 [before + size + after, n] of bytes -> [out, n]: Pillow's (sum of w * pixel + 2**21) >> 22, limited to a byte."""
+    total = rows.new_empty((out, rows.shape[1]))
+    by_phase = total.view(-1, taps.phases, rows.shape[1])
+    half = torch.full_like(rows[0], 1 << 21)  # a row, as PyTorch does not vectorise a sum with two broadcast numbers
+    begun = -1
+    for phases, read, weight in taps.parts:
+        source = (rows[read] if isinstance(read, slice) else rows.index_select(0, read))[:, None]
+        to = by_phase[:, phases]
+        torch.addcmul(to if phases.start == begun else half.expand_as(to), source, weight, out=to)
+        begun = phases.start
+    total.bitwise_right_shift_(22)
+    return total.clamp_(0, 255) if taps.overshoots else total
 
 
 def _resize_exactly(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """uint8 [S, C, h, w] -> Pillow's bytes at `size`, as float32 [S, C, *size] (rows outermost in memory)."""
+    """uint8 [S, C, h, w] -> Pillow's bytes at `size`, as int32 [S, C, *size] (rows outermost in memory)."""
     samples, channels, height, width = x.shape
-    flat = x.permute(2, 0, 1, 3).reshape(-1, width).float().T
-    columns = _resample(flat, size[1], mode, size[1] if size[1] > width else 16)
-    columns = columns.view(size[1], height, -1).permute(1, 2, 0).reshape(height, -1)
-    result = _resample(columns, size[0], mode, 32 if size[0] > height else 16)
-    return result.view(size[0], samples, channels, size[1]).permute(1, 2, 0, 3)
+    x = x.permute(3, 0, 1, 2)
+    if size[1] != width:
+        across = _taps_cpu(width, size[1], mode)
+        columns = torch.empty((across.before + width + across.after, samples * channels * height), dtype=torch.int32)
+        columns[across.before : across.before + width].view(x.shape).copy_(x)
+        # Turning bytes over takes half the time of turning integers over.
+        x = _resample(columns, across, size[1]).to(torch.uint8).view(size[1], samples, channels, height)
+    down = _taps_cpu(height, size[0], mode)
+    rows = torch.empty((down.before + height + down.after, samples * channels * size[1]), dtype=torch.int32)
+    rows[down.before : down.before + height].view(height, samples, channels, size[1]).copy_(x.permute(3, 1, 2, 0))
+    return _resample(rows, down, size[0]).view(size[0], samples, channels, size[1]).permute(1, 2, 0, 3)
+
+
+@lru_cache(maxsize=64)
+def _rounds_alike(size: int, out: int, mode: str) -> bool:
+    """Whether the weights of PyTorch's uint8 resize (16-bit integers) must give the same bytes as Pillow's of 22 bits.
+
+    Where an output's weights are multiples of 1 / D, so is its value. With an odd D it stays 1 / 2D away from a half, and
+    rounding the weights changes nothing as long as it moves the value by less. With an even D there are halves, which are
+    only safe where both hold the weights exactly, as for ratios of powers of two.
+    """
+    weights = np.unique(reference.resize_taps(size, out, mode)[1], axis=0)
+    bits = next(b for b in range(23) if b == 22 or int(0.5 + weights.max() * 2.0 ** (b + 1)) >= 1 << 15)  # PyTorch's choice
+    multiples = weights * np.arange(1, 257)[:, None, None]
+    whole = np.abs(multiples - np.rint(multiples)).max(2) < 1e-9
+    parts = 1 + whole.argmax(0)
+    exact = np.rint(weights * parts[:, None]) / parts[:, None]
+    moved = [np.abs(np.rint(exact * 2.0**b) / 2.0**b - exact).sum(1) * 255 for b in (22, bits)]
+    safe = np.where(parts % 2 == 1, np.maximum(*moved) < 0.49 / parts, np.maximum(*moved) == 0)
+    return bool((whole.any(0) & safe).all())
+
+
+@lru_cache(maxsize=64)
+def _pytorch_resizes_alike(channels: int, size: tuple[int, int], out: tuple[int, int], mode: str) -> bool:
+    """Whether PyTorch's uint8 resize gives Pillow's bytes: by proof, and tried once, as its weights are no public promise."""
+    if 1 in out or not all(_rounds_alike(*axis, mode) for axis in zip(size, out, strict=True)):
+        return False  # PyTorch 2.13 fails for one column
+    noise = torch.randint(256, (1, channels, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.equal(_resize_by_pytorch(noise, out, mode).to(torch.int32), _resize_exactly(noise, out, mode))
+
+
+def _resize_by_pytorch(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    return torch.nn.functional.interpolate(x, size=size, mode=mode, antialias=True, align_corners=False)
 
 
 def _pixels_cpu(x: Tensor, s: Settings) -> Tensor:
-    """The images at their size on the canvas, float32; uint8 stays on its scale of 0 to 255."""
+    """The images at their size on the canvas, uint8 as integers of 0 to 255."""
     if s.interpolation == "none":
-        return x.float()
+        return x
+    size = s.image[2:]
     if x.dtype != torch.uint8:
-        return torch.nn.functional.interpolate(
-            x.float(), size=tuple(s.image[2:]), mode=s.interpolation, antialias=True, align_corners=False
-        )
-    taps = max(reference.resize_taps(x.shape[2 + axis], s.image[2 + axis], s.interpolation)[1].shape[1] for axis in (0, 1))
-    if taps > 32:
-        return reference.resize(x, s.image[2:], s.interpolation).float()
-    return _resize_exactly(x, s.image[2:], s.interpolation)
+        return _resize_by_pytorch(x.float(), size, s.interpolation)
+    if _pytorch_resizes_alike(x.shape[1], tuple(x.shape[2:]), size, s.interpolation):
+        return _resize_by_pytorch(x, size, s.interpolation)
+    return _resize_exactly(x, size, s.interpolation)
 
 
 def _within(rect: Rect) -> tuple[Any, slice, slice]:
@@ -316,7 +397,7 @@ _NOTHING = _Affine(None, None)
 def _affine(norm: Tensor | None) -> _Affine:
     if norm is None:
         return _NOTHING
-    mean, gain, _, _ = norm[:, :, None, None].unbind()
+    mean, gain, _, _ = norm.reshape(4, -1, 1, 1).unbind()
     return _Affine(gain, mean * gain)
 
 
@@ -378,6 +459,11 @@ def _whose(p: Tensor, index: Tensor | None, part: slice, s: Settings) -> Tensor:
     return p[:, None] if s.share == "product" else p
 
 
+def _only_adds(x: Tensor, canvas: _Affine, image: _Affine, s: Settings) -> bool:
+    """Whether the image needs nothing but the prompt."""
+    return image == _NOTHING == canvas and tuple(s.image[2:]) == tuple(s.canvas) and x.dtype != torch.uint8
+
+
 def _compose(
     x: Tensor, p: Tensor, cells: Tensor | None, canvas: _Affine, image: _Affine, out: Tensor, s: Settings
 ) -> None:  # fmt: skip
@@ -388,8 +474,8 @@ def _compose(
     if cells is None:
         _place_cpu(x, p, _absent(canvas, s) if _under_image(s) else None, image, out, s)
         return
-    if image == _NOTHING == canvas and tuple(s.image[2:]) == tuple(s.canvas) and x.dtype != torch.uint8:
-        v = _pixels_cpu(x, s)
+    if _only_adds(x, canvas, image, s):
+        v = _pixels_cpu(x, s).float()
     else:
         v = torch.empty(out.shape)
         base = _absent(canvas, s._replace(mask_first=False))
@@ -417,16 +503,25 @@ def _place_cpu(x: Tensor, under: Tensor, flat: Tensor | float | None, image: _Af
         flat = flat[..., None, :] if isinstance(flat, Tensor) else flat
     to_one = 1 / 255 if x.dtype == torch.uint8 else 1.0
     unit = to_one if gain is None else gain * to_one
-    if flat is not None:  # two numbers a channel: two passes in the cache beat one that PyTorch does not vectorise
-        flat = flat if less is None else flat - less
-        if out.dtype == torch.float32:
-            torch.mul(pixel.expand_as(out), unit, out=out).add_(flat)
-        else:
-            torch.add((pixel * unit).expand_as(out), flat, out=out)
+    if flat is not None:
+        _scale_and_shift(pixel.expand_as(out), unit, flat if less is None else flat - less, out)
     elif isinstance(unit, Tensor):
-        torch.addcmul(under if less is None else under - less, pixel, unit, out=out)
+        torch.addcmul(under if less is None else under - less, pixel.float(), unit, out=out)
     else:
-        torch.add(under, pixel, alpha=unit, out=out)
+        torch.add(under, pixel.float(), alpha=unit, out=out)
+
+
+def _scale_and_shift(pixel: Tensor, unit: Tensor | float, flat: Tensor | float, out: Tensor) -> None:
+    """out = pixel * unit + flat, which are one number or one a channel."""
+    if out.dtype != torch.float32 or (out.shape[-1] < _SHORT and not out.is_contiguous()):
+        torch.add(pixel * unit, flat, out=out)
+    elif out.dim() == 4 and out.stride(-1) == 1 and out.numel() >= _ONE_PASS:
+        # PyTorch vectorises a pass with one number, not with a channel's: one pass for each channel.
+        units, flats = (torch.as_tensor(t, dtype=torch.float32).flatten().expand(out.shape[1]) for t in (unit, flat))
+        for times, plus, from_, to in zip(units.tolist(), flats.unbind(), pixel.unbind(1), out.unbind(1), strict=True):
+            torch.add(plus, from_ if from_.dtype == torch.float32 else to.copy_(from_), alpha=times, out=to)
+    else:
+        torch.mul(pixel.float(), unit, out=out).add_(flat)
 
 
 def _forward_cpu(x, prompt, mask, cells, index, rows, norm, s):  # type: ignore[no-untyped-def]
@@ -450,6 +545,10 @@ def _forward_cpu(x, prompt, mask, cells, index, rows, norm, s):  # type: ignore[
     sample = (
         4 * x.shape[1] * (s.image[2] * s.image[3] * s.copies if bounds is None and cells is None else s.canvas[0] * s.canvas[1])
     )
+    if cells is not None and bounds is None and s.interpolation == "none" and _only_adds(x, canvas, image, s):
+        sample = 0  # one pass: nothing to keep in the cache
+    elif s.interpolation != "none" and x.dtype == torch.uint8:
+        sample //= 4  # passes over long rows gain more than the cache
     parts = _chunks(batch, sample * (len(prompt) if s.share == "product" else 1), one_by_one)
     for part in parts:
         if p is not None:
