@@ -470,7 +470,7 @@ _kept_mask = lru_cache(64)(_new_mask)  # at most 4 MB
 def joined(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, causal: bool, scale: float | None
 ) -> Tensor | None:  # fmt: skip
-    """A whole call where `_copying_pays`, by PyTorch's operators and with their gradients. None: this is not such a call.
+    """A small call as a whole, by PyTorch's operators and with their gradients. None: this is not such a call.
 
     Checks, a registered operator and an `autograd.Function` take three times as long as a small attention itself, so this
     comes before all of them. Whoever traces calls, or stands in for tensors, sees the registered operator.
@@ -484,28 +484,27 @@ def joined(
     (batch, heads, queries, width), own, theirs = q.shape, k.shape, prefix_k.shape
     key_heads, keys, rows = own[1], own[2], theirs[2]
     if (
-        own != v.shape or theirs != prefix_v.shape or own != (batch, key_heads, keys, width) or not key_heads or heads % key_heads
+        own != v.shape or theirs != prefix_v.shape or own != (batch, key_heads, keys, width) or dtype not in _FLASH
         or theirs not in ((1, key_heads, rows, width), (batch, key_heads, rows, width)) or (causal and queries > keys)
-        or dtype not in _FLASH or not _copying_pays(batch, heads, queries, width, key_heads, keys, rows, causal)
+        or not (heads and queries and key_heads and keys and rows and width) or heads % key_heads
     ):  # fmt: skip
+        return None
+    grouped, large = key_heads < heads, batch * key_heads * (rows + keys) * width >= 65536
+    few = large and dtype is torch.float32 and queries <= (8 if grouped else 4)  # measured, as all bounds here
+    if few and batch == 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return _one_sample(q, k, v, prefix_k, prefix_v, causal, width**-0.5 if scale is None else scale)
+    if not _copying_pays(batch, heads, queries, width, key_heads, keys, rows, causal):
         return None
     joint_k, joint_v = _join(k, prefix_k), _join(v, prefix_v)
     mask = _lower_right(queries, rows + keys, causal)
-    if _few(batch, heads, queries, width, key_heads, rows + keys, dtype):
+    # Flash attention takes queries that read the same key head one after the other.
+    if few and grouped:
         return _products(q, joint_k, joint_v, mask, width**-0.5 if scale is None else scale)
     # Called without torch.ops, which takes as long as all of the above.
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         _rows(q), joint_k, joint_v, 0.0, False, attn_mask=mask, scale=scale
     )
     return out if int(torch.count_nonzero(lse)) == lse.numel() else None  # see `_flash`
-
-
-def _few(
-    batch: int, heads: int, queries: int, width: int, key_heads: int, columns: int, dtype: torch.dtype
-) -> bool:  # fmt: skip
-    """Whether few queries of several heads read each key head: flash attention takes them head by head (measured)."""
-    large = batch * key_heads * columns * width >= 65536
-    return large and dtype is torch.float32 and queries <= 8 and key_heads < heads
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -518,6 +517,19 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     else:
         scores = torch.baddbmm(mask.repeat(heads // key_heads, 1), rows, k.transpose(1, 2))
     return torch.bmm(torch.softmax(scores, 2), v).view(batch, heads, queries, width)
+
+
+def _one_sample(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, causal: bool, scale: float
+) -> Tensor:  # fmt: skip
+    """Few queries of one sample, without gradients: nothing is copied but their scores."""
+    (heads, queries, width), (key_heads, keys), rows = q.shape[1:], k.shape[1:3], prefix_k.shape[2]
+    asking = (q * scale).reshape(key_heads, -1, width)
+    mask, keys_of, values = _lower_right(queries, keys, causal), k[0].transpose(1, 2), v[0]
+    own = torch.bmm(asking, keys_of) if mask is None else torch.baddbmm(mask.repeat(heads // key_heads, 1), asking, keys_of)
+    weights = torch.softmax(torch.cat((torch.bmm(asking, prefix_k[0].transpose(1, 2)), own), 2), 2)
+    found = torch.baddbmm(torch.bmm(weights[:, :, :rows], prefix_v[0]), weights[:, :, rows:], values)
+    return found.view(1, heads, queries, width)
 
 
 _FLASH = (torch.float32, torch.bfloat16, torch.float16)
