@@ -795,6 +795,10 @@ def test_small_calls_meet_no_operator_of_ours_unless_somebody_is_to_see_one(devi
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert prefix_attention(**held, causal=True).shape == plain.shape
     assert len(seen) == 3
+    held["q"][0, 0, 0, 0] = torch.nan  # for which PyTorch's flash attention gives 0
+    spoilt = prefix_attention(**held, causal=True)
+    assert spoilt[0, 0, 0].isnan().all()
+    check_bits(spoilt[0, 0, 1:], plain[0, 0, 1:])
 
 
 def test_a_mask_that_is_kept_serves_inference_and_training(device):
