@@ -68,7 +68,8 @@ def prefix_attention(
 
     Raises:
         ValueError, TypeError: what was expected and what came, before any device work.
-        RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one).
+        RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one). Small calls on a CPU are
+            PyTorch's own operators: theirs raises when the second derivative is taken, and products have one.
     """
     if prefix_k is not None and prefix_v is not None and impl == "auto" and _runtime.watch is None:
         rare = (prefix_index, prefix_lengths, window, lengths, key_mask, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, gate)

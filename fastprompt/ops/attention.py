@@ -1,7 +1,8 @@
 """Operators of the attention family: schemas, CUDA and CPU implementations, fakes and the `autograd.Function`.
 
 On CUDA tensors the Triton kernels run. On CPU tensors PyTorch's own flash attention runs on the prefix and on the own keys,
-and the two are merged by their log-sum-exp; with impl="triton" the kernels run there too, in Triton's interpreter.
+and the two are merged by their log-sum-exp, or on both after a copy where that is cheaper (`joined`); with impl="triton" the
+kernels run there too, in Triton's interpreter.
 
 Backward: fed with the merged output and the merged log-sum-exp, flash attention's backward of one part gives that part's
 exact share: P = exp(score - lse) and dscore = P * (dout v - delta), delta = rowsum(out * dout) - dlse, hold column by column.
