@@ -147,7 +147,9 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         return [case for some in made for case in some]
     made = [make("decode", 16, (8, 8), 1, 1, 1024, 64, modes=("forward",))]
     made += [make("decode", 16, (8, 2), 1, 256, 1024, 64, modes=("forward", "both"))]
-    made += [make("decode", b, (8, 8), 1, 256, p, 64, modes=("forward",)) for b, p in ((1, 256), (2, 16), (64, 16))]
+    decode = partial(make, "decode", modes=("forward",), wrt=())  # nobody trains while decoding
+    made += [decode(b, (8, 8), 1, 256, p, 64) for b, p in ((1, 256), (2, 16), (64, 16))]
+    made += [decode(1, (32, 8), 1, 2048, 64, 64)]
     made += [make("ViT-S", 16, (6, 6), 197, 197, p, 64, modes=step) for p in (10, 50, 100)]
     made += [make("BERT", 8, (12, 12), 128, 128, 20, 64, modes=step)]
     made += [make("Llama", 16, (6, 2), 64, 64, 100, 64, modes=step, causal=True)]

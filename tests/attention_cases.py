@@ -146,10 +146,11 @@ def run(
     """out and lse of a case (under autocast to `amp`), and the gradients of those of `wanted` that are there."""
     inputs = {name: held[name].detach().requires_grad_() for name in wanted if name in held}
     with torch.autocast(held["q"].device.type, amp, enabled=amp is not None):
-        out, lse = prefix_attention(**(held | inputs), **(options(case) | {"impl": impl} | changes))
-    results = {"out": out, "lse": lse}
+        found = prefix_attention(**(held | inputs), **(options(case) | {"impl": impl} | changes))
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    results = {"out": out} if lse is None else {"out": out, "lse": lse}
     if inputs and out.requires_grad:
-        g, g_lse = gradients(case, out, lse)
+        g, g_lse = gradients(case, out, out[..., 0] if lse is None else lse)
         sent = (g, torch.where(lse == -torch.inf, 0, g_lse)) if case.through_lse else (g,)
         found = torch.autograd.grad((out, lse)[: len(sent)], list(inputs.values()), sent, allow_unused=True)
         # An impl may leave out a gradient that is zero.

@@ -13,10 +13,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from fastprompt import _runtime
 from fastprompt.functional import prefix_attention
+from fastprompt.nn import SoftPrompt
 from fastprompt.ops import attention as ops
 from fastprompt.reference import attention as reference
 from tests.attention_cases import BF16, F16, F32, LAYOUTS, TRAINED, Case, gradients, options, run, sampled, sizes, tensors, truth
@@ -38,9 +40,13 @@ def agree(case, device, impl, held=None, **changes):
     got = run(case, held, impl, **changes)
     want, rival, size = truth(case, held), run(case, held, "torch"), sizes(case, held)
     assert set(got) == set(want)
-    for name in got:
+    found = [got]
+    if impl == "auto" and not case.through_lse:  # nobody asks for the log-sum-exp: another way through the CPU path
+        found.append(run(case, held, impl, **changes, return_lse=False))
+        found.append(run(case, held, impl, (), **changes, return_lse=False))
+    for results, name in itertools.chain.from_iterable(zip([each] * len(each), each, strict=True) for each in found):
         floor = FLOOR[case.dtype] * torch.finfo(case.dtype).eps * size[name]
-        check(got[name], want[name], rival[name], ulps=2, floor=floor, name=f"{case}: {name}")
+        check(results[name], want[name], rival[name], ulps=2, floor=floor, name=f"{case}: {name}")
     for was, now in zip(before, memory(*held.values()), strict=True):
         assert torch.equal(was, now)
     return got
@@ -138,7 +144,7 @@ def test_gradcheck_of_the_reference(case):
 def test_random_calls(seed, device, monkeypatch):
     """What is chosen by size is also chosen against the rule: sizes here are tiny."""
     if seed % 3:
-        monkeypatch.setattr(ops, "_joins", lambda *_: False)
+        monkeypatch.setattr(ops, "_copying_pays", lambda *_: False)
     if seed % 3 == 2:
         monkeypatch.setattr(ops, "_folds", lambda *_: False)
     draw = random.Random(seed)
@@ -243,6 +249,10 @@ CHOICES = [
     Case(batch=4, queries=70, keys=70, rows=9, causal=True),
     Case(batch=4, queries=70, keys=70, rows=9, gate=(True, True), through_lse=True),
     Case(batch=1, queries=6, keys=9, rows=7),
+    Case(batch=16, heads=(6, 2), queries=1, keys=19, rows=13, width=64),  # two products instead of flash attention
+    Case(batch=16, heads=(6, 2), queries=3, keys=19, rows=13, width=64, causal=True),
+    Case(batch=1, heads=(16, 16), queries=1, keys=19, rows=50, width=64),  # one sample: products without copies
+    Case(batch=1, heads=(16, 8), queries=3, keys=70, rows=60, width=64, causal=True),
     Case(batch=9, queries=2, keys=3, rows=40, share="index", ragged=True),  # readers of a prefix grouped
     Case(batch=3, queries=2, keys=3, rows=7, share="index", ragged=True, seed=4),  # one prefix a sample gathered
     Case(batch=3, queries=70, keys=80, rows=7, share="each", ragged=True, causal=True),
@@ -255,7 +265,7 @@ CHOICES = [
 @pytest.mark.parametrize("case", CHOICES, ids=str)
 def test_every_choice_of_path(case, dtype, joined, device, monkeypatch):
     if not joined:
-        monkeypatch.setattr(ops, "_joins", lambda *_: False)
+        monkeypatch.setattr(ops, "_copying_pays", lambda *_: False)
     agree(replace(case, dtype=dtype), device, "auto")
 
 
@@ -329,6 +339,7 @@ def test_nan_in_what_is_seen_comes_out(impl, device):
         assert torch.equal(got["out"].isnan(), place), name
         assert torch.equal(got["lse"].isnan(), place.any(-1) if not name.endswith("v") else torch.zeros_like(place[..., 0])), name
         torch.testing.assert_close(got["out"][~place], clean["out"][~place], rtol=1e-6, atol=1e-6)
+        assert torch.equal(run(case, held, impl, return_lse=False)["out"].isnan(), place), name
 
 
 @pytest.mark.usefixtures("poison")
@@ -565,7 +576,7 @@ def test_only_what_needs_a_gradient_is_computed(joined, device, monkeypatch):
     for name in ("_own_backward", "_read_backward"):
         whole = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, name=name, whole=whole: called.append(name) or whole(*a))
-    monkeypatch.setattr(ops, "_joins", lambda *_: joined)
+    monkeypatch.setattr(ops, "_copying_pays", lambda *_: joined)
     own = set() if joined else {"_own_backward"}
     both = set() if joined else {"_own_backward", "_read_backward"}
     expected = {"q": both, "k": own, "v": own, "prefix_k": {"_read_backward"}, "prefix_v": {"_read_backward"}}
@@ -607,7 +618,14 @@ def test_a_second_derivative_raises(impl, device):
     held = tensors(Case(), device)
     q = held["q"].requires_grad_()
     with pytest.raises(RuntimeError, match=r'no second derivative.*impl="torch"'):
-        torch.autograd.grad(prefix_attention(**held, impl=impl).pow(2).sum(), q, create_graph=True)
+        torch.autograd.grad(prefix_attention(**held, impl=impl, return_lse=True)[0].pow(2).sum(), q, create_graph=True)
+
+    def twice():  # a small call has PyTorch's own gradients, and its sentence
+        (first,) = torch.autograd.grad(prefix_attention(**held, impl=impl).pow(2).sum(), q, create_graph=True)
+        torch.autograd.grad(first.sum(), q)
+
+    with pytest.raises(RuntimeError, match=r"no second derivative|derivative .* is not implemented"):
+        twice()
     (first,) = torch.autograd.grad(prefix_attention(**held, impl="torch").pow(2).sum(), q, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), q)
     assert second.abs().max() > 0
@@ -718,6 +736,25 @@ def test_compile_without_graph_breaks(case, impl, device):
     assert len(graphs) <= 2
 
 
+@pytest.mark.slow
+def test_inductor_draws_the_dropout_of_eager_and_counts_from_no_end(device):
+    torch._dynamo.reset()
+    held = tensors(Case(), device)
+
+    prompts = SoftPrompt(3, 4, prompts=3).to(device)
+
+    def both(seed, index):
+        return prefix_attention(**held, dropout=0.5, seed=seed), prompts(index)
+
+    compiled = torch.compile(both, fullgraph=True)
+    given = torch.tensor([3], device=device), torch.tensor([2, 0], device=device)
+    for mine, theirs in zip(compiled(*given), both(*given), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            compiled(given[0], torch.tensor([-2, 1]))
+
+
 @pytest.mark.parametrize("amp", [BF16, F16], ids=str)
 @pytest.mark.parametrize("impl", [*IMPLS, "torch"])
 def test_autocast_casts_all(amp, impl, device):
@@ -731,6 +768,44 @@ def test_autocast_casts_all(amp, impl, device):
     for name in TRAINED:
         assert got[name].dtype == (amp if name == "k" else F32)
         check_bits(got[name].to(want[name].dtype), want[name], name)
+
+
+def test_meta_tensors_have_shapes_and_gradients():
+    held = {name: t.to("meta") for name, t in tensors(Case(causal=True), torch.device("cpu")).items()}
+    q = held["q"].requires_grad_()
+    out = prefix_attention(**held, causal=True)
+    assert out.device.type == "meta"
+    assert out.shape == q.shape
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+class Marked(torch.Tensor):
+    """Somebody's tensors that stand in for others."""
+
+
+def test_small_calls_meet_no_operator_of_ours_unless_somebody_is_to_see_one(device, monkeypatch):
+    if device.type != "cpu":
+        return
+    held = tensors(Case(causal=True), device)
+    seen, whole = [], ops._forward
+    monkeypatch.setattr(ops, "_forward", lambda *a: seen.append(1) or whole(*a))
+    plain = prefix_attention(**held, causal=True)
+    assert not seen
+    check_bits(prefix_attention(**held, causal=True, return_lse=True)[0], plain)
+    check_bits(prefix_attention(**held | {"q": held["q"].as_subclass(Marked)}, causal=True).as_subclass(torch.Tensor), plain)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert prefix_attention(**held, causal=True).shape == plain.shape
+    assert len(seen) == 3
+
+
+def test_a_mask_that_is_kept_serves_inference_and_training(device):
+    ops._kept_mask.cache_clear()
+    held = tensors(Case(causal=True), device)
+    with torch.inference_mode():
+        prefix_attention(**held, causal=True)
+    held["q"].requires_grad_()
+    prefix_attention(**held, causal=True).sum().backward()
+    assert held["q"].grad is not None
 
 
 def test_float64_takes_the_reference(device):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprompt import _runtime
-from fastprompt.functional.checks import bad, check_range, looks_at_values, one_of, path_of, tell
+from fastprompt.functional.checks import autocast_dtype, bad, check_range, looks_at_values, one_of, path_of, tell
 from fastprompt.ops import attention as ops
 from fastprompt.reference import attention as reference
 
@@ -67,8 +68,16 @@ def prefix_attention(
 
     Raises:
         ValueError, TypeError: what was expected and what came, before any device work.
-        RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one).
+        RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one). Small calls on a CPU are
+            PyTorch's own operators: theirs raises when the second derivative is taken, and products have one.
     """
+    if prefix_k is not None and prefix_v is not None and impl == "auto" and _runtime.watch is None:
+        rare = (prefix_index, prefix_lengths, window, lengths, key_mask, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, gate)
+        usual = all(given is None for given in rare) and softcap is None and padding == "right"
+        if usual and not (dropout or separate or return_lse or torch.is_autocast_enabled("cpu")):
+            small = ops.joined(q, k, v, prefix_k, prefix_v, causal, scale)
+            if small is not None:
+                return small
     q, k, v, prefix_k, prefix_v = _check_heads(q, k, v, prefix_k, prefix_v)
     path = path_of(impl, q)
     near = {"prefix_index": prefix_index, "prefix_lengths": prefix_lengths, "lengths": lengths, "key_mask": key_mask}
@@ -155,14 +164,21 @@ def _attend(
     starts_k: Tensor | None, gate: Tensor | None, s: ops.Settings, path: str, impl: str, through_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One softmax, on the chosen path; PyTorch's flash attention on a CPU has no soft cap."""
+    others = (index, prefix_lengths, lengths, key_mask, starts_q, gate)
     if _runtime.watch is not None:
-        _tell(q, k, prefix_k, (index, prefix_lengths, lengths, key_mask, starts_q, gate), s, path, impl)
+        _tell(q, k, prefix_k, others, s, path, impl)
+    alone = all(t is None for t in others) and not (s.window or s.softcap or through_lse)
+    if path == "auto" and alone and prefix_k is not None and prefix_v is not None:
+        out = ops.joined(q, k, v, prefix_k, prefix_v, s.causal, s.scale)
+        if out is not None:
+            return out, out
     if path == "triton" or (path == "auto" and not (s.softcap and q.device.type == "cpu")):
         return ops.PrefixAttention.apply(
             q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, starts_q, starts_k, gate, s, through_lse
         )
     how: tuple[Any, ...] = (s.scale, s.causal, s.window, s.left, s.softcap)
-    with torch.autocast(q.device.type, enabled=False):
+    kind = q.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         if starts_q is None or starts_k is None:
             return reference.prefix_attention(q, k, v, prefix_k, prefix_v, index, prefix_lengths, lengths, key_mask, gate, *how)
         results = []
@@ -184,7 +200,7 @@ def _tell(
     if prefix_k is None:
         form = "flash attention, no prefix"
     elif path == "auto" and ops._joins(q, k, prefix_k, others, s):
-        form, why = "flash attention on [prefix | keys]", "copying the prefix costs less than merging at this size"
+        form, why = "attention on [prefix | keys]", "copying the prefix costs less than merging at this size"
     if path == "auto" and s.softcap and q.is_cpu:
         path, why = "torch", "PyTorch's flash attention on a CPU has no soft cap"
     moved = 2 * q.nbytes + 2 * k.nbytes + (0 if prefix_k is None else 2 * prefix_k.nbytes)
@@ -201,7 +217,7 @@ def _check_heads(
     given = {"q": q, "k": k, "v": v}
     if prefix_k is not None and prefix_v is not None:
         given |= {"prefix_k": prefix_k, "prefix_v": prefix_v}
-    amp = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else None
+    amp = autocast_dtype(q)
     for name, t in given.items():
         if not t.is_floating_point():
             raise TypeError(f"{name}: expected a floating point dtype, got {t.dtype}")
@@ -310,7 +326,8 @@ def _one_prefix_a_sample(
 def _kept_elements(prefix: Tensor, dropout: float, seed: int | Tensor, stream: int) -> Tensor:
     """0 or 1 / (1 - dropout) for each element: a hash of the seed and the element's place, so the same on every device."""
     place = torch.arange(prefix.numel(), device=prefix.device).view(prefix.shape)
-    mixed = _mix(_mix(2 * place + stream) + seed)
+    # Not a sum: Inductor would multiply its terms by _mix's constants ahead of time, beyond 64 bits.
+    mixed = _mix(_mix(2 * place | stream) + seed)
     kept = (mixed & 0xFFFFFF) >= round(dropout * 2**24)
     return kept.to(prefix.dtype) * (1 / (1 - dropout))
 

@@ -64,14 +64,22 @@ def tell(
     _runtime.watch(op, name, why or reason, tensors, moved, flops)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast asks for where x is, when it is on. Meta tensors, among others, have none."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def output_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
     """Autocast decides when it is on; otherwise a float input keeps its dtype."""
     if dtype is not None:
         if dtype not in _DTYPES:
             raise bad("dtype", "float32, float16, bfloat16 or float64", dtype)
         return dtype
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    amp = autocast_dtype(x)
+    if amp is not None:
+        return amp
     return x.dtype if x.is_floating_point() else torch.get_default_dtype()
 
 

@@ -286,6 +286,8 @@ class SoftPrompt(_Prompt):
             return self.prompt
         check_labels("index", index, None)
         check_range("index", index, self.prompts)
+        if torch.compiler.is_compiling():  # Inductor counts from the end; this stays an error
+            index = torch.where(index < 0, self.prompts, index)
         return self.prompt.index_select(0, index)
 
 

@@ -1,7 +1,8 @@
 """Operators of the attention family: schemas, CUDA and CPU implementations, fakes and the `autograd.Function`.
 
 On CUDA tensors the Triton kernels run. On CPU tensors PyTorch's own flash attention runs on the prefix and on the own keys,
-and the two are merged by their log-sum-exp; with impl="triton" the kernels run there too, in Triton's interpreter.
+and the two are merged by their log-sum-exp, or on both after a copy where that is cheaper (`joined`); with impl="triton" the
+kernels run there too, in Triton's interpreter.
 
 Backward: fed with the merged output and the merged log-sum-exp, flash attention's backward of one part gives that part's
 exact share: P = exp(score - lse) and dscore = P * (dout v - delta), delta = rowsum(out * dout) - dlse, hold column by column.
@@ -9,11 +10,14 @@ exact share: P = exp(score - lse) and dscore = P * (dout v - delta), delta = row
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastprompt import _runtime
 from fastprompt.reference.attention import visible
@@ -127,8 +131,11 @@ def _own(k: Tensor, v: Tensor, queries: int, lengths: Tensor | None, key_mask: T
     k, v = _rows(k[:, :, start:]), _rows(v[:, :, start:])
     band = bool(s.window) and (s.window < keys or (not s.causal and s.window < queries))
     causal = s.causal and queries > 1
-    if lengths is None and key_mask is None and not band and (not causal or queries == keys):
-        return _Own(k, v, start, causal, None, None, None)
+    if lengths is None and key_mask is None and not band:
+        if not causal or queries == keys:
+            return _Own(k, v, start, causal, None, None, None)
+        if queries <= keys:  # the first query sees a key, and the last one all of them
+            return _Own(k, v, start, False, _lower_right(queries, keys, True), None, None)
     seen = torch.ones((1, 1, keys), dtype=torch.bool)
     if band or causal:
         seen = visible(queries, keys, causal, s.window if band else 0, None, False, None, k.device)
@@ -221,10 +228,18 @@ def _joins(q: Tensor, k: Tensor, prefix_k: Tensor | None, others: tuple[Tensor |
     """
     if prefix_k is None or s.triton or q.device.type != "cpu" or s.window or any(t is not None for t in others):
         return False
-    (batch, heads, queries, width), (key_heads, keys), rows = q.shape, k.shape[1:3], prefix_k.shape[2]
-    if not (batch and queries and keys and rows) or (s.causal and queries >= 512 and rows >= 64):
+    (batch, heads, queries, width), (key_heads, keys) = q.shape, k.shape[1:3]
+    return _copying_pays(batch, heads, queries, width, key_heads, keys, prefix_k.shape[2], s.causal)
+
+
+def _copying_pays(
+    batch: int, heads: int, queries: int, width: int, key_heads: int, keys: int, rows: int, causal: bool
+) -> bool:  # fmt: skip
+    if not (batch and queries and keys and rows) or (causal and queries >= 512 and rows >= 64):
         return False
-    return 2 * batch * key_heads * (rows + keys) * width < 4 * batch * heads * queries * width + 560_000
+    # Merging reads a prefix that samples share once, and takes two more passes over the results.
+    read = keys + (rows if batch == 1 else 2 * rows)
+    return 2 * batch * key_heads * read * width < 4 * batch * heads * queries * width + 1_100_000
 
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -434,14 +449,91 @@ def _exactly(gate: Tensor | None, g_lse: Tensor | None, *tensors: Any) -> list[A
 
 
 def _join(k: Tensor, prefix: Tensor) -> Tensor:
-    return torch.cat([prefix.expand(k.shape[0], -1, -1, -1), k], 2)
+    batch = k.shape[0]
+    return torch.cat((prefix if prefix.shape[0] == batch else prefix.expand(batch, -1, -1, -1), k), 2)
 
 
-def _lower_right(queries: int, columns: int, s: Settings) -> Tensor | None:
+def _lower_right(queries: int, columns: int, causal: bool) -> Tensor | None:
     """The causal mask of joined columns."""
-    if not s.causal or queries == 1:
+    if not causal or queries == 1:
         return None
-    return torch.full((queries, columns), -torch.inf).triu_(columns - queries + 1)
+    return (_kept_mask if queries * columns <= 16384 else _new_mask)(queries, columns)
+
+
+def _new_mask(queries: int, columns: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((queries, columns), -torch.inf, device="cpu").triu_(columns - queries + 1)
+
+
+_kept_mask = lru_cache(64)(_new_mask)  # at most 4 MB
+
+
+def joined(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, causal: bool, scale: float | None
+) -> Tensor | None:  # fmt: skip
+    """A small call as a whole, by PyTorch's operators and with their gradients. None: this is not such a call.
+
+    Checks, a registered operator and an `autograd.Function` take three times as long as a small attention itself, so this
+    comes before all of them. Whoever traces calls, or stands in for tensors, sees the registered operator.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return None
+    given, dtype = (q, k, v, prefix_k, prefix_v), q.dtype
+    for t in given:
+        if (type(t) is not Tensor and type(t) is not Parameter) or not t.is_cpu or t.dtype is not dtype or t.dim() != 4:
+            return None
+    (batch, heads, queries, width), own, theirs = q.shape, k.shape, prefix_k.shape
+    key_heads, keys, rows = own[1], own[2], theirs[2]
+    if (
+        own != v.shape or theirs != prefix_v.shape or own != (batch, key_heads, keys, width) or dtype not in _FLASH
+        or theirs not in ((1, key_heads, rows, width), (batch, key_heads, rows, width)) or (causal and queries > keys)
+        or not (heads and queries and key_heads and keys and rows and width) or heads % key_heads
+    ):  # fmt: skip
+        return None
+    grouped, large = key_heads < heads, batch * key_heads * (rows + keys) * width >= 65536
+    few = large and dtype is torch.float32 and queries <= (8 if grouped else 4)  # measured, as all bounds here
+    if few and batch == 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return _one_sample(q, k, v, prefix_k, prefix_v, causal, width**-0.5 if scale is None else scale)
+    if not _copying_pays(batch, heads, queries, width, key_heads, keys, rows, causal):
+        return None
+    joint_k, joint_v = _join(k, prefix_k), _join(v, prefix_v)
+    mask = _lower_right(queries, rows + keys, causal)
+    # Flash attention takes queries that read the same key head one after the other.
+    if few and grouped:
+        return _products(q, joint_k, joint_v, mask, width**-0.5 if scale is None else scale)
+    # Called without torch.ops, which takes as long as all of the above.
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
+        _rows(q), joint_k, joint_v, 0.0, False, attn_mask=mask, scale=scale
+    )
+    return out if int(torch.count_nonzero(lse)) == lse.numel() else None  # see `_flash`
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention as two batched products; k and v dense."""
+    (batch, heads, queries, width), (key_heads, columns) = q.shape, k.shape[1:3]
+    k, v = k.view(-1, columns, width), v.view(-1, columns, width)
+    rows = (q * scale).reshape(batch * key_heads, -1, width)
+    if mask is None:
+        scores = torch.bmm(rows, k.transpose(1, 2))
+    else:
+        scores = torch.baddbmm(mask.repeat(heads // key_heads, 1), rows, k.transpose(1, 2))
+    return torch.bmm(torch.softmax(scores, 2), v).view(batch, heads, queries, width)
+
+
+def _one_sample(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, causal: bool, scale: float
+) -> Tensor:  # fmt: skip
+    """Few queries of one sample, without gradients: nothing is copied but their scores."""
+    (heads, queries, width), (key_heads, keys), rows = q.shape[1:], k.shape[1:3], prefix_k.shape[2]
+    asking = (q * scale).reshape(key_heads, -1, width)
+    mask, keys_of, values = _lower_right(queries, keys, causal), k[0].transpose(1, 2), v[0]
+    own = torch.bmm(asking, keys_of) if mask is None else torch.baddbmm(mask.repeat(heads // key_heads, 1), asking, keys_of)
+    weights = torch.softmax(torch.cat((torch.bmm(asking, prefix_k[0].transpose(1, 2)), own), 2), 2)
+    found = torch.baddbmm(torch.bmm(weights[:, :, :rows], prefix_v[0]), weights[:, :, rows:], values)
+    return found.view(1, heads, queries, width)
+
+
+_FLASH = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _forward_cpu(  # type: ignore[no-untyped-def]
@@ -454,7 +546,7 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
         )
     if _joins(q, k, prefix_k, (index, prefix_lengths, lengths, key_mask, starts_q, gate), s):
         keys, values = _join(k, prefix_k), _join(v, prefix_v)
-        out, lse = _flash(_rows(q), keys, values, s.scale, False, _lower_right(q.shape[2], keys.shape[2], s))
+        out, lse = _flash(_rows(q), keys, values, s.scale, False, _lower_right(q.shape[2], keys.shape[2], s.causal))
         return [out, lse.contiguous(), keys, values]  # out lies like _rows(q), which is what the fake promises
     like = q
     q, k, v, prefix_k, prefix_v = _exactly(gate, None, q, k, v, prefix_k, prefix_v)
@@ -500,7 +592,7 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
     g, q, k, v, prefix_k, prefix_v, out = _exactly(gate, g_lse, g, q, k, v, prefix_k, prefix_v, out)
     if joined and (needs[0] or needs[1]):
         delta = None if g_lse is None else (g * out).sum(-1) - g_lse
-        mask = _lower_right(q.shape[2], k.shape[2], s)
+        mask = _lower_right(q.shape[2], k.shape[2], s.causal)
         dq, *both = _part_backward(_rows(g), _rows(q), k, v, out, lse, delta, False, mask, s.scale)
         whole: list[Any] = [dq if needs[0] else None]
         # Token by token first: what is sliced after that lies where the fake says.
