@@ -175,17 +175,30 @@ def _count_cpu(counts: Tensor, logits: Tensor, target: Tensor, k: int | None, im
 
 
 _CACHED = 1 << 18  # scores that stay in the cache while their softmax and their largest are taken
+_FEW_LARGEST = 12  # arg-maxima, each as fast as memory, beat a selection
 
 
 def _shares(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The places of the k largest of every row, the first of equals, and their softmax in fixed point."""
-    values, at = x.topk(k, 1)
-    # Rows in which torch.topk had a choice that it does not promise to make in the same way
-    tied = np.flatnonzero(np.count_nonzero(x.numpy() >= values[:, -1:].numpy(), axis=1) != k)
-    if len(tied):
-        at[tied] = x[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    share = x.softmax(1).gather(1, at).double() * reference.COUNT_UNIT
-    return at, share.nan_to_num_(0.0).round_().long()
+    p = x.softmax(1)
+    if k <= _FEW_LARGEST:
+        found, left, rows = np.empty((len(x), k), np.int64), x.numpy().copy(), np.arange(len(x))
+        gone = np.empty((len(x), k), bool)
+        for j in range(k):
+            found[:, j] = left.argmax(1)
+            at = rows, found[:, j]
+            gone[:, j] = left[at] == -np.inf  # taken before, or a share of 0
+            left[at] = -np.inf
+        places = torch.from_numpy(found)
+        share = p.gather(1, places).masked_fill_(torch.from_numpy(gone), 0.0)
+    else:
+        values, places = x.topk(k, 1)
+        # Rows in which torch.topk had a choice that it does not promise to make in the same way
+        tied = np.flatnonzero(np.count_nonzero(x.numpy() >= values[:, -1:].numpy(), axis=1) != k)
+        if len(tied):
+            places[tied] = x[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+        share = p.gather(1, places)
+    return places, (share.double() * reference.COUNT_UNIT).nan_to_num_(0.0).round_().long()
 
 
 # ---- Registration ----
@@ -771,31 +784,57 @@ def match_labels(counts: Tensor) -> Tensor:
 
     Striking a row and a column never changes the order of the other cells, so walking once through all cells by falling
     count, then by position, meets the same maxima. First the cells that are not below every class's largest, which are few
-    and mostly enough; then, for the classes that are still open, all that are not zero. Only those cells leave a GPU.
+    and mostly enough; then the same for the classes still open, with a bound that falls faster. Only those cells leave a GPU.
     """
     sources, targets = counts.shape
-    index, free = np.full(targets, -1, dtype=np.int64), np.ones(sources, dtype=bool)
-    if not targets:
-        return torch.from_numpy(index).to(counts.device)
-    if counts.is_cpu:
-        # Read as unsigned numbers, negative ones are the largest.
-        top = torch.from_numpy(counts.numpy().view(np.uint64).max(0).view(np.int64))
-    else:
-        top = torch.stack(counts.aminmax(dim=0)).cpu()
-    if bool((top < 0).any()):
-        raise ValueError(f"counts: expected no negative numbers, got {int(counts.min())}")
-    top = top[-1] if top.dim() == 2 else top
-    seen = top[top > 0]
-    if len(seen):
-        low = int(seen.min())
-        _walk(counts, np.arange(targets), low, index, free)
-        open_ = np.flatnonzero(index < 0)
-        if low > 1 and len(open_):
-            _walk(counts[:, torch.from_numpy(open_).to(counts.device)], open_, 1, index, free)
+    if counts.is_cpu and counts.numel() * targets <= _FEW_CELLS:
+        return _match_few(counts.numpy().copy())
+    index, free, columns = np.full(targets, -1, dtype=np.int64), np.ones(sources, dtype=bool), np.arange(targets)
+    rest, low, turn = counts, 2, 0
+    while low > 1 and len(columns):
+        top = _largest_of_columns(rest)
+        if turn == 0 and (top < 0).any():
+            raise ValueError(f"counts: expected no negative numbers, got {int(counts.min())}")
+        low = max(1, int(top.min(where=top > 0, initial=top.max())) >> 2 * turn)
+        _walk(rest, columns, low, index, free)
+        columns = np.flatnonzero(index < 0)
+        if counts.is_cpu:
+            rest = torch.from_numpy(counts.numpy().take(columns, 1))
+        else:
+            rest = counts.index_select(1, torch.from_numpy(columns).to(counts.device))
+        rest[torch.from_numpy(index[index >= 0]).to(counts.device)] = 0
+        turn += 1
     # Only zeros are left: the first one is the lowest free source with the lowest open target.
-    open_ = np.flatnonzero(index < 0)
-    index[open_] = np.flatnonzero(free)[: len(open_)]
+    index[columns] = np.flatnonzero(free)[: len(columns)]
     return torch.from_numpy(index).to(counts.device)
+
+
+_FEW_CELLS = 1 << 18  # cells that all maxima together look at
+
+
+def _match_few(left: np.ndarray) -> Tensor:
+    """`reference.match_labels`, where that costs less than to sort."""
+    targets = left.shape[1]
+    if left.size and (low := left.min()) < 0:
+        raise ValueError(f"counts: expected no negative numbers, got {low}")
+    index = np.empty(targets, dtype=np.int64)
+    for _ in range(targets):
+        source, target = divmod(int(left.argmax()), targets)
+        index[target], left[source], left[:, target] = source, -1, -1
+    return torch.from_numpy(index)
+
+
+def _largest_of_columns(counts: Tensor) -> np.ndarray:
+    """The largest of every column, or a negative number that stands in it."""
+    if not counts.is_cpu:
+        low, top = torch.stack(counts.aminmax(dim=0)).cpu().numpy()
+        return np.where(low < 0, low, top)
+    sources, targets = counts.shape
+    rows = max(1, 1024 // targets)  # short ones are read several at a time
+    whole = sources - sources % rows
+    cells = counts.numpy().view(np.uint64)  # read as unsigned numbers, negative ones are the largest
+    top = cells[:whole].reshape(-1, rows * targets).max(0, initial=0).reshape(rows, targets).max(0)
+    return np.maximum(top, cells[whole:].max(0, initial=0)).view(np.int64)
 
 
 def _walk(counts: Tensor, columns: np.ndarray, low: int, index: np.ndarray, free: np.ndarray) -> None:
@@ -807,16 +846,23 @@ def _walk(counts: Tensor, columns: np.ndarray, low: int, index: np.ndarray, free
     else:
         found = (flat >= low).nonzero()[:, 0]
         cells, values = found.cpu().numpy(), flat[found].cpu().numpy()
-    cells = cells[np.argsort(-values, kind="stable")]
-    start, step = 0, 2 * len(columns)
-    while start < len(cells) and (index[columns] < 0).any():
-        part = cells[start : start + step]
-        source, target = part // len(columns), columns[part % len(columns)]
-        alive = free[source] & (index[target] < 0)  # a Python loop over the few that are left
-        for s, t in zip(source[alive].tolist(), target[alive].tolist(), strict=True):
-            if free[s] and index[t] < 0:
-                index[t], free[s] = s, False
-        start, step = start + step, 2 * step
+    fall = values.max(initial=0) - values
+    if len(fall) and fall.max() < 1 << 16:
+        fall = fall.astype(np.uint16)  # NumPy sorts them by their digits
+    cells = cells[np.argsort(fall, kind="stable")]
+    start, step, left = 0, 4 * len(columns), len(columns)
+    while start < len(cells) and left:
+        source, place = np.divmod(cells[start : start + step], len(columns))
+        target = columns[place]
+        alive = free[source] & (index[target] < 0)
+        given: set[int] = set()
+        taken: dict[int, int] = {}
+        for s, t in zip(source[alive].tolist(), target[alive].tolist(), strict=True):  # the few that are left
+            if s not in given and t not in taken:
+                given.add(s)
+                taken[t] = s
+        index[list(taken)], free[list(given)] = list(taken.values()), False
+        start, step, left = start + step, 4 * step, left - len(taken)
 
 
 def match_optimally(counts: Tensor) -> Tensor:
