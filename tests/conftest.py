@@ -77,3 +77,55 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class _Inside:
+    """The interpreter's memory accesses, refused outside the storages of the tensors that the kernel was given."""
+
+    def __init__(self, real):
+        self.real, self.storages = real, []
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def check(self, pointers, mask):
+        low, high = int(pointers.min()), int(pointers.max())
+        if any(begin <= low and high < end for begin, end in self.storages):
+            return
+        at = pointers[mask]
+        known = sum(((at >= begin) & (at < end) for begin, end in self.storages), start=at < 0)
+        if not known.all():
+            raise IndexError(f"a kernel touches memory that is not its tensors', {int((~known).sum())} elements")
+
+    def load(self, pointers, mask, *rest):
+        self.check(pointers, mask)
+        return self.real.load(pointers, mask, *rest)
+
+    def store(self, pointers, value, mask):
+        self.check(pointers, mask)
+        return self.real.store(pointers, value, mask)
+
+    def atomic_rmw(self, operation, pointers, value, mask, *rest):
+        self.check(pointers, mask)
+        return self.real.atomic_rmw(operation, pointers, value, mask, *rest)
+
+
+@pytest.fixture(scope="module")
+def inside():
+    """A kernel without a mask fails its test; else it may read anything, or end the process."""
+    if HAS_GPU or not HAS_TRITON:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    watch, run = _Inside(interpreter._interpreter), interpreter.InterpretedFunction.run
+
+    def watched(self, *given, **options):
+        storages = [x.untyped_storage() for x in given if isinstance(x, torch.Tensor)]
+        watch.storages = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
+        return run(self, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_interpreter", watch)
+        patch.setattr(interpreter.InterpretedFunction, "run", watched)
+        yield

@@ -21,7 +21,11 @@ ROOT = Path(__file__).parents[1]
 FAMILIES = ("perturbation", "embedding", "attention", "mapping")
 
 # A second file of a family in a layer, where one would tell two stories.
-SECOND = {"nn/verbalizers": "mapping"}
+SECOND = {
+    "nn/verbalizers": "mapping", "nn/trained_verbalizers": "mapping",
+    "functional/mapping_heads": "mapping", "functional/mapping_counts": "mapping",
+    "ops/mapping_cpu": "mapping", "ops/mapping_counts": "mapping",
+}  # fmt: skip
 
 # A module may import what stands lower, and its own group. "" is the package itself.
 RANK = {

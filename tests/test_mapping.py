@@ -7,7 +7,6 @@ map only moves values and a count is an integer, so nearly everything here is co
 from __future__ import annotations
 
 import copy
-import ctypes
 import io
 import itertools
 import json
@@ -35,11 +34,13 @@ from fastprompt.functional import (
 )
 from fastprompt.nn import LabelMap
 from fastprompt.ops import mapping as ops
+from fastprompt.ops import mapping_counts as counts_ops
 from fastprompt.reference import mapping as reference
 from fastprompt.taxonomy import Alignment, Place
 from fastprompt.tuning.mapping import Launch, pick
 from tests.compare import check, check_bits, memory
 
+pytestmark = pytest.mark.usefixtures("inside")
 needs_triton = pytest.mark.skipif(not _runtime.HAS_TRITON, reason="needs Triton")
 TRITON = pytest.param("triton", marks=needs_triton)
 IMPLS = ("torch", "auto", TRITON)
@@ -308,6 +309,25 @@ def test_a_target_out_of_range_is_an_error_where_values_are_looked_at(device, mo
     assert not counts.any()
 
 
+@pytest.mark.parametrize("k", [1, 3, 12, 13])
+def test_the_largest_of_hostile_rows(k, device):
+    """Ties, few finite scores and rows without a softmax, counted as the reference does."""
+    logits, target = rand(40, 30).to(device), torch.arange(40, device=device) % 3
+    logits[:8, ::3] = 2.0
+    logits[8:12] = -torch.inf
+    logits[9, 0] = logits[10, 5] = logits[10, 7] = 1.0
+    logits[12, 3], logits[13, 29], logits[14] = torch.nan, torch.inf, 0.0
+    before = memory(logits)[0].clone()
+    counts, want = (torch.zeros(30, 3, dtype=torch.int64, device=device) for _ in range(2))
+    count_labels_(counts, logits, target, k=k)
+    count_labels_(want, logits, target, k=k, impl="torch")
+    if device.type == "cpu":
+        check_bits(counts, want)
+    else:  # another softmax's last bits
+        assert (counts - want).abs().max() <= COUNT_UNIT >> 20
+    assert torch.equal(memory(logits)[0].view(torch.int32), before.view(torch.int32))
+
+
 # ---- match_labels ----
 
 
@@ -335,9 +355,12 @@ def test_matching_equals_repeated_argmax(data):
     counts = torch.tensor(data.draw(cells)).view(sources, targets)
     if data.draw(st.booleans()):
         counts[:, data.draw(st.integers(0, targets - 1))] = 0  # a class that is absent
-    index = match_labels(counts)
-    assert index.tolist() == matched(counts) == reference.match_labels(counts).tolist()
-    assert index.dtype == torch.int64
+    for few in (0, counts_ops._FEW_CELLS):  # by sorting, and one after the other
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(counts_ops, "_FEW_CELLS", few)
+            index = match_labels(counts)
+        assert index.tolist() == matched(counts) == reference.match_labels(counts).tolist()
+        assert index.dtype == torch.int64
 
 
 def adversarial() -> dict[str, Tensor]:
@@ -360,8 +383,10 @@ def adversarial() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("few", [0, 1 << 18])
 @pytest.mark.parametrize("kind", adversarial())
-def test_matching_hard_matrices(kind, device):
+def test_matching_hard_matrices(kind, few, device, monkeypatch):
+    monkeypatch.setattr(counts_ops, "_FEW_CELLS", few)
     counts = adversarial()[kind].to(device)
     before = memory(counts)
     index = match_labels(counts)
@@ -773,30 +798,50 @@ def test_offsets_beyond_32_bits():
     del big, x, counts
 
 
-@needs_triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
-def test_nothing_is_read_beyond_the_end():
-    """Inputs that end where memory that may not be touched begins: reading one element more is a crash."""
-    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
-    held = []
+LARGE = {
+    "many rows, few classes": (256, [[10 * i + t for i in range(60)] for t in range(10)]),
+    "few rows": (8, [[10 * i + t for i in range(60)] for t in range(10)]),
+    "ragged": (300, [list(range(t * t, t * t + 2 * t + 1)) for t in range(24)]),
+    "shared": (260, [list(range(20 * t, 20 * t + 55)) for t in range(12)]),
+}
 
-    def guarded(x: Tensor) -> Tensor:
-        pages = -(-x.numel() * x.element_size() // page)
-        memory_map = mmap.mmap(-1, (pages + 1) * page)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory_map))
-        assert libc.mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
-        held.append(memory_map)
-        offset = pages * page - x.numel() * x.element_size()
-        return torch.frombuffer(memory_map, dtype=x.dtype, offset=offset, count=x.numel()).view_as(x).copy_(x)
 
-    logits, index = guarded(rand(5, 19)), guarded(injective(19, 7))
-    out, readers = ops._forward_triton(logits, index, True)
-    check_bits(out, logits[:, index])
-    d = ops._gradient_triton(guarded(out), index, guarded(readers), 19)
-    check_bits(d, gradient_of(out, index, 19).float())
-    counts, target = guarded(torch.zeros(19, 3, dtype=torch.int64)), guarded(torch.arange(5) % 3)
-    ops._count_triton(counts, logits, target, None, "triton")
-    check_bits(counts, counts_of(logits, target, 3))
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("kind", LARGE)
+def test_large_maps_on_a_cpu(kind, reduce):
+    """What becomes a product there, or is not kept for a backward, and an infinite score that no class may see."""
+    batch, lists = LARGE[kind]
+    seg, x, y = segments(lists, 600), rand(batch, 600), torch.arange(batch) % len(lists)
+    unread = sorted(set(range(600)) - {s for row in lists for s in row})
+    for spoiled in (False, True):
+        if spoiled and unread:
+            x[3, unread[0]], x[4, unread[-1]] = torch.inf, torch.nan
+        wide = x.double().requires_grad_()
+        columns = [wide[:, row].mean(1) if reduce == "mean" else wide[:, row].max(1).values for row in lists]
+        true = torch.stack(columns, 1)
+        loss = F.cross_entropy(true, y)
+        (slope,) = torch.autograd.grad(loss, wide)
+        given = x.clone().requires_grad_()
+        got = mapped_cross_entropy(given, seg, y, reduce=reduce)
+        torch.testing.assert_close(got.double(), loss, rtol=1e-6, atol=1e-6)
+        (d,) = torch.autograd.grad(got, given)
+        torch.testing.assert_close(d.double(), slope, rtol=1e-5, atol=1e-8)
+        for out in (map_labels(given, seg, reduce=reduce), map_labels(x, seg, reduce=reduce)):
+            assert out.is_contiguous()
+            torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "classes"), [(15, 10), (16, 16), (64, 3), (64, 17)])
+def test_matrix_products_either_way(batch, classes):
+    x, matrix, y = rand(batch, 50), rand(50, classes).double(), torch.arange(batch) % classes
+    given, weight = x.clone().requires_grad_(), matrix.float().requires_grad_()
+    wide, true_weight = x.double().requires_grad_(), matrix.clone().requires_grad_()
+    assert map_labels(given, weight).is_contiguous()
+    torch.testing.assert_close(map_labels(given, weight).double(), wide @ true_weight, rtol=1e-5, atol=1e-5)
+    want = torch.autograd.grad(F.cross_entropy(wide @ true_weight, y), (wide, true_weight))
+    got = torch.autograd.grad(mapped_cross_entropy(given, weight, y), (given, weight))
+    for d, true in zip(got, want, strict=True):
+        torch.testing.assert_close(d.double(), true, rtol=1e-4, atol=1e-6)
 
 
 # ---- Registration, compilation ----

@@ -19,7 +19,7 @@ from fastprompt.tuning.mapping import Launch, Tile, pick, pick_segments
 from tests.compare import check, check_bits, memory
 from tests.conftest import HAS_TRITON
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton to run kernels")
+pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason="needs Triton to run kernels"), pytest.mark.usefixtures("inside")]
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SOURCES = 19

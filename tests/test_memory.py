@@ -212,7 +212,8 @@ def touch_attention(edge: str) -> None:
 
 
 def touch_mapping(edge: str) -> None:
-    from fastprompt.kernels.mapping import count, segments, segments_backward
+    from fastprompt.kernels.mapping import backward, count, forward, segments, segments_backward
+    from fastprompt.ops import mapping as ops
     from tests.test_mapping_kernels import RAGGED, SHARED, TURNS, WHOLE, Case, operands, run
 
     seen = guard_every_launch(edge)
@@ -231,8 +232,26 @@ def touch_mapping(edge: str) -> None:
         for k in (None, 3):
             target, counts = torch.arange(7) % 3, torch.zeros(19, 3, dtype=torch.int64)
             count.count_labels_(counts, torch.randn(7, 19).half(), target, launch, k)
-    pointers = kernel_pointers(segments, segments_backward, count)
-    assert len({name for name, _ in pointers}) == 5, sorted(pointers)
+    out, readers = ops._forward_triton(torch.randn(5, 19), torch.arange(7) * 2, True)
+    ops._gradient_triton(out, torch.arange(7) * 2, readers, 19)
+    pointers = kernel_pointers(forward, backward, segments, segments_backward, count)
+    assert len({name for name, _ in pointers}) == 7, sorted(pointers)
+    assert pointers <= seen, sorted(pointers - seen)
+    print("guarded", len(seen), "pointers")
+
+
+def touch_embedding(edge: str) -> None:
+    from fastprompt.kernels.embedding import backward, forward
+    from fastprompt.ops import embedding as ops
+    from fastprompt.tuning.embedding import Launch
+    from tests.test_embedding import agree, rand, some_ids
+
+    ops.pick = lambda kernel, *_: Launch(2, 8, 4, programs=40 if kernel == "add" else 0)
+    seen = guard_every_launch(edge)
+    ids, vocab, soft = some_ids(5, 6, 11, 3), rand(11, 13), rand(2, 3, 13, seed=1)
+    index, lengths = torch.tensor([1, 0, -1, 1, 0]), torch.tensor([3, 2])
+    agree("triton", torch.device("cpu"), ids, vocab, soft, prompt_index=index, soft_lengths=lengths, positions=rand(6, 13))
+    pointers = kernel_pointers(forward, backward)
     assert pointers <= seen, sorted(pointers - seen)
     print("guarded", len(seen), "pointers")
 
@@ -460,6 +479,7 @@ if __name__ == "__main__":
         reach_attention()
     elif job.startswith("mapping "):
         touch_mapping(job.split()[-1])
+        touch_embedding(job.split()[-1])  # a process costs more than both
     elif job == "far mapping":
         reach_mapping()
     elif job == "far output":

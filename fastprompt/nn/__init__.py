@@ -18,12 +18,11 @@ from fastprompt.nn.perturbation import (
     PatchPrompt,
     SeriesPrompt,
 )
+from fastprompt.nn.trained_verbalizers import PrototypicalVerbalizer, SoftVerbalizer
 from fastprompt.nn.verbalizers import (
     ContextualCalibration,
     KnowledgeableVerbalizer,
     LabelHead,
-    PrototypicalVerbalizer,
-    SoftVerbalizer,
     Verbalizer,
     label_head_of,
 )

@@ -111,6 +111,26 @@ def way(run: Run, ids: Tensor, width: int) -> str:
     return "join" if size and (ids.numel() * width <= _JOINED or 3 * size > length) else "gather"
 
 
+def quick(ids: Tensor, vocab: Tensor, soft: Tensor) -> Tensor | None:
+    """A small call with all soft tokens in front on a CPU, with the least host cost; None: others have to do it.
+
+    It looks at what PyTorch would take and should not; what PyTorch refuses is for the caller to explain.
+    """
+    dtype, shape = soft.dtype, soft.shape
+    slots, width = shape[-2:]
+    if (
+        ids.dtype is not torch.int64 or not ids.is_cpu or not slots * width or len(shape) > 3 or ids.numel() * width > _JOINED
+        or vocab.dtype is not dtype or not dtype.is_floating_point or vocab.requires_grad or torch.compiler.is_compiling()
+    ):  # fmt: skip
+        return None
+    values = ids.numpy()
+    batch, length = values.shape
+    if length == slots or values[:, :slots].tobytes() != _falling(-1, slots, batch):
+        return None
+    # A slice copied by NumPy costs less than one that PyTorch makes contiguous.
+    return torch.cat((soft.expand(batch, -1, -1), torch.embedding(vocab, torch.from_numpy(values[:, slots:].copy()))), 1)
+
+
 def joined(ids: Tensor, vocab: Tensor, soft: Tensor, index: Tensor | None, run: Run) -> Tensor:
     """The rows of a run and of the words around it, by operators that PyTorch differentiates."""
     batch, length = ids.shape

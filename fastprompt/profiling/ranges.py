@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from fastprompt import _runtime, functional, hoist
 from fastprompt.integrations import calls, handle
-from fastprompt.nn import attention, embedding, mapping, perturbation, verbalizers
+from fastprompt.nn import attention, embedding, mapping, perturbation, trained_verbalizers, verbalizers
 from fastprompt.profiling.results import FROZEN, HOST, MAPPING, PERTURBATION, PROMPTS, Op
 from fastprompt.profiling.trace import FUNCTIONS, RANGE
 from fastprompt.reprogram import Reprogrammed
@@ -119,7 +119,7 @@ def _part_of(module: nn.Module) -> str | None:
     """Of a module of this package, or a loss of PyTorch."""
     if isinstance(module, perturbation.InputPrompt):
         return PERTURBATION
-    if isinstance(module, (mapping._Map, verbalizers._OnHead, verbalizers.PrototypicalVerbalizer, nn.modules.loss._Loss)):
+    if isinstance(module, (mapping._Map, verbalizers.OnHead, trained_verbalizers.PrototypicalVerbalizer, nn.modules.loss._Loss)):
         return MAPPING
     prompts = (attention.PrefixKV, attention.DeepPrompt, attention.SoftPrompt, embedding.PromptTokens)
     others = (embedding.TrainableTokens, embedding.EmbeddingMap, embedding.PrototypeAttention)
