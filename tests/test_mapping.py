@@ -35,6 +35,7 @@ from fastprompt.functional import (
 from fastprompt.nn import LabelMap
 from fastprompt.ops import mapping as ops
 from fastprompt.ops import mapping_counts as counts_ops
+from fastprompt.ops import mapping_cpu as cpu_ops
 from fastprompt.reference import mapping as reference
 from fastprompt.taxonomy import Alignment, Place
 from fastprompt.tuning.mapping import Launch, pick
@@ -473,7 +474,7 @@ def both(call, x, *args, g=None, **kwargs):
 )
 @pytest.mark.parametrize("name", MAPS)
 def test_every_reduction_of_every_map(name, dtype, few, monkeypatch):
-    monkeypatch.setattr(ops, "_FEW", few)
+    monkeypatch.setattr(cpu_ops, "_FEW", few)
     labels = MAPS[name]
     x = (rand(3, 23) * 3).to(dtype).requires_grad_()
     map_id = torch.tensor([0, 1, 1]) if name in ("maps", "indices", "matrices") else None
@@ -501,7 +502,7 @@ LOSSES = (
 @pytest.mark.parametrize("few", [0, 1 << 17], ids=["fused", "few"])
 @pytest.mark.parametrize("name", ["uniform", "shared", "index", "matrix", "maps"])
 def test_the_loss_is_pytorchs_on_the_mapped_scores(name, few, monkeypatch):
-    monkeypatch.setattr(ops, "_FEW", few)
+    monkeypatch.setattr(cpu_ops, "_FEW", few)
     labels, x = MAPS[name], (rand(9, 23) * 4).requires_grad_()
     map_id = torch.arange(9) % 3 if name == "maps" else None
     reduce = "mean" if isinstance(labels, Segments) else None
@@ -545,7 +546,7 @@ def test_focal_and_unnormalised_losses(impl):
 @pytest.mark.parametrize("of", ["logits", "probabilities"])
 @pytest.mark.parametrize("reduce", ["mean", "max", "logsumexp", "sum", "top-k mean"])
 def test_confident_shifted_and_masked_rows(reduce, of, few, monkeypatch):
-    monkeypatch.setattr(ops, "_FEW", few)
+    monkeypatch.setattr(cpu_ops, "_FEW", few)
     if (reduce, of) == ("logsumexp", "probabilities"):
         return
     x = rand(6, 23)
@@ -597,7 +598,7 @@ def test_edges_of_the_loss(impl):
 @pytest.mark.parametrize("few", [0, 1 << 17], ids=["fused", "few"])
 @pytest.mark.parametrize("reduce", ["max", "top-k mean"])
 def test_the_first_of_equals_has_the_gradient(reduce, few, monkeypatch):
-    monkeypatch.setattr(ops, "_FEW", few)
+    monkeypatch.setattr(cpu_ops, "_FEW", few)
     x = torch.zeros(2, 23).requires_grad_()
     given = {"reduce": reduce, "k": 2 if reduce != "max" else None}
     seg = segments([[9, 4, 2], [5, 6, 1]], 23)
