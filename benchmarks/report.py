@@ -178,9 +178,26 @@ def _clock(found: dict[str, Any]) -> str:
 
 
 def _cpu_conditions(results: Results) -> str:
-    found = {name: results.files[name] for name in results.cpu}
-    link = "- [benchmarks/results/{0}](benchmarks/results/{0}): {1}, {2}, float32, medians."
-    return "\n".join(link.format(name, conditions(file), _clock(file)) for name, file in found.items())
+    """A line for all files of the same conditions."""
+    files: dict[str, list[str]] = {}
+    for name in results.cpu:
+        found = results.files[name]
+        said = f"{conditions(found)}, {_clock(found)}, float32, medians"
+        files.setdefault(said, []).append(f"[{name}](benchmarks/results/{name})")
+    return "\n".join(f"- {', '.join(names)}: {said}." for said, names in files.items())
+
+
+def _models(results: Results) -> str:
+    """Whole models: fastprompt's time over the bare frozen model's, and every rival's over fastprompt's."""
+    lines = ["| case | ours | over the frozen model | rivals, their time over ours |", "|---|---|---|---|"]
+    for family in ("reprogrammed", "clip", "instruction", "steps"):
+        for result in (case for case in results.cases.values() if case["family"] == family):
+            gains = dict(result["speedup"])
+            over = f"{1 / frozen:.2f}" if (frozen := gains.pop("frozen", None)) else ""
+            rivals = ", ".join(f"{name} {ratio(gain)}" for name, gain in gains.items())
+            if result["mode"] == "both" or family == "instruction":
+                lines.append(f"| {_label(result)} | {ms(_median(result))} | {over} | {rivals} |")
+    return "\n".join(lines)
 
 
 def _notes(results: Results) -> str:
@@ -216,6 +233,7 @@ def _gpu(results: Results) -> str:
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "cpu conditions": _cpu_conditions,
+    "cpu models": _models,
     "cpu perturbation": lambda r: table(r, "perturbation", _PERTURBATION, {"eager": ("eager",), "plain": ("plain",)}),
     "cpu attention": lambda r: table(r, "attention", _ATTENTION, {"concat": ("concat",), "eager": ("eager",)}),
     "cpu mapping": lambda r: table(r, "mapping", _MAPPING, {"public form": _PUBLIC, "plain": ("best",)}),

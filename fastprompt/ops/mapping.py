@@ -90,9 +90,12 @@ def _segments_of(parts: list[Tensor], weights: Tensor | None, sizes: tuple[int, 
     index = parts[0]
     state = (scores.shape[1], version_of(index))
     known = _inverted.get(index)
-    if known is None or known[0] != state:
-        known = _inverted[index] = (state, _invert(index, scores.shape[1]))
-    return known[1]
+    if known is not None and known[0] == state:
+        return known[1]
+    made = _invert(index, scores.shape[1])
+    if not (index.is_cuda and torch.cuda.is_current_stream_capturing()):  # else it is the graph's, and empty until a replay
+        _inverted[index] = (state, made)
+    return made
 
 
 def _invert(index: Tensor, sources: int) -> Segments:
@@ -110,7 +113,8 @@ def _invert(index: Tensor, sources: int) -> Segments:
 
 @lru_cache(maxsize=64)
 def _identity(classes: int, device: torch.device) -> Segments:
-    return _invert(torch.arange(classes, device=device), classes)
+    # From the host, which waits for the copies: kept for all streams, and a graph that is captured cannot make it its own.
+    return _invert(torch.arange(classes), classes).to(device)
 
 
 def _segments_triton(scores, parts, weights, map_id, prior, target, weight, differentiable, *flags):  # type: ignore[no-untyped-def]
