@@ -31,11 +31,10 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", launch)
     monkeypatch.setattr(_runtime, "arch", lambda device: "sm_90")
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
     monkeypatch.setattr(forward, "aligned", lambda *tensors: True)
-    for family in ("attention", "embedding", "mapping", "perturbation"):
-        monkeypatch.setattr(importlib.import_module(f"fastprompt.functional.{family}"), "path_of", lambda impl, x: "auto")
+    for name in ("attention", "embedding", "mapping", "mapping_counts", "perturbation"):
+        monkeypatch.setattr(importlib.import_module(f"fastprompt.functional.{name}"), "path_of", lambda impl, x: "auto")
     for name in ("_forward", "_backward"):
         monkeypatch.setattr(attention, name, getattr(attention, f"{name}_triton"))
     for name in ("_forward", "_gradient", "_segments", "_segments_gradient"):
