@@ -798,6 +798,18 @@ def test_small_calls_meet_no_operator_of_ours_unless_somebody_is_to_see_one(devi
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("trained", ["prefix_k", "q"])
+def test_gradients_of_the_prefix_alone_are_not_pytorchs_gradients_of_all(trained, device, monkeypatch):
+    if device.type != "cpu":
+        return
+    seen, whole = [], ops._forward
+    monkeypatch.setattr(ops, "_forward", lambda *a: seen.append(1) or whole(*a))
+    held = tensors(Case(batch=4, queries=64, keys=64, rows=20, width=64, heads=(4, 4)), device)
+    held[trained].requires_grad_()
+    prefix_attention(**held).sum().backward()
+    assert len(seen) == (trained == "prefix_k")
+
+
 def test_a_mask_that_is_kept_serves_inference_and_training(device):
     ops._kept_mask.cache_clear()
     held = tensors(Case(causal=True), device)

@@ -492,10 +492,13 @@ def joined(
         return None
     grouped, large = key_heads < heads, batch * key_heads * (rows + keys) * width >= 65536
     few = large and dtype is torch.float32 and queries <= (8 if grouped else 4)  # measured, as all bounds here
-    if few and batch == 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+    recorded = [t.requires_grad for t in given] if torch.is_grad_enabled() else [False] * 5
+    if few and batch == 1 and not any(recorded):
         return _one_sample(q, k, v, prefix_k, prefix_v, causal, width**-0.5 if scale is None else scale)
     if not _copying_pays(batch, heads, queries, width, key_heads, keys, rows, causal):
         return None
+    if any(recorded) and not any(recorded[:3]) and batch * heads * queries * (rows + keys) * width >= 1 << 22:
+        return None  # PyTorch would compute all gradients, and those of the prefix alone cost half
     joint_k, joint_v = _join(k, prefix_k), _join(v, prefix_v)
     mask = _lower_right(queries, rows + keys, causal)
     # Flash attention takes queries that read the same key head one after the other.
