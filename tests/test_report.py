@@ -84,7 +84,8 @@ def test_what_a_gpu_measured_is_shown_and_a_dry_run_is_not(copy):
     assert "not yet measured" not in text
     assert "- kernels: NVIDIA H200, driver 580, torch 2.13.0" in text
     row = next(line for line in text.splitlines() if line.startswith("| 12 |"))
-    assert "11.8 over eager" in row
+    worst = min(r["speedup"]["eager"] for r in kernels["results"] if r["mode"] == "backward")
+    assert f"{worst:.3g} over eager" in row
     assert len([line for line in text.splitlines() if "not measured (" in line]) >= 20
     assert "### kernels\n\nNVIDIA H200" in (folder / "docs" / "performance.md").read_text()
 
