@@ -189,14 +189,14 @@ def _cpu_conditions(results: Results) -> str:
 
 def _models(results: Results) -> str:
     """Whole models: fastprompt's time over the bare frozen model's, and every rival's over fastprompt's."""
-    lines = ["| case | ours | over the frozen model | rivals, their time over ours |", "|---|---|---|---|"]
+    lines = ["| case | ours | over the frozen model | rivals, their time over ours | noise (A/A) |", "|---|---|---|---|---|"]
     for family in ("reprogrammed", "clip", "instruction", "steps"):
         for result in (case for case in results.cases.values() if case["family"] == family):
             gains = dict(result["speedup"])
             over = f"{1 / frozen:.2f}" if (frozen := gains.pop("frozen", None)) else ""
             rivals = ", ".join(f"{name} {ratio(gain)}" for name, gain in gains.items())
             if result["mode"] == "both" or family == "instruction":
-                lines.append(f"| {_label(result)} | {ms(_median(result))} | {over} | {rivals} |")
+                lines.append(f"| {_label(result)} | {ms(_median(result))} | {over} | {rivals} | {result['noise']:.0%} |")
     return "\n".join(lines)
 
 
