@@ -69,7 +69,7 @@ def main() -> None:
         seconds[name] = min(samples[5:])
     unit = addition_seconds()
     report = {
-        "conditions": conditions(CPU),
+        "conditions": conditions(CPU) | {"command": "python -m benchmarks.test_speed"},
         "addition_us": round(unit * 1e6, 3),
         "additions": {name: round(spent / unit, 1) for name, spent in seconds.items()},
         "microseconds": {name: round(spent * 1e6, 1) for name, spent in seconds.items()},
