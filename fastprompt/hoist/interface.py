@@ -84,7 +84,8 @@ def attention(
     width = value.shape[-1]
     if width > key.shape[-1]:
         raise Inexact(f"{layer}: keys of {key.shape[-1]} elements and values of {width}")
-    value = nn.functional.pad(value, (0, key.shape[-1] - width))  # latent attention (DeepSeek) has narrower ones
+    if width < key.shape[-1]:  # latent attention (DeepSeek)
+        value = nn.functional.pad(value, (0, key.shape[-1] - width))
     if isinstance(fastprompt, Record):
         if position_bias is not None:
             raise Inexact(f"{layer}: a position_bias, in which tokens of the prompt would move the samples'; use PrefixKV")
