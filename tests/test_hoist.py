@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt import nn as fnn
-from fastprompt.hoist import Inexact, Tokens, hoist, hoist_deep, prefixed
+from fastprompt.hoist import Inexact, Tokens, hoist, hoist_deep, interface, prefixed
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -594,3 +594,13 @@ def test_wrong_arguments():
         hoist_deep(model, [None])
     with pytest.raises(ValueError, match="index, lengths, offset: expected None"), prefixed(model, Tokens(None), offset=1):
         pass
+
+
+def test_nothing_is_copied_on_the_way_to_attention_and_back(monkeypatch):
+    given = [torch.randn(2, 7, 4, 8).transpose(1, 2) for _ in range(3)]
+    seen, made = [], torch.empty_like(given[0])
+    monkeypatch.setattr(interface, "attend", lambda *a: seen.extend(a[:3]) or made)
+    out, _ = interface.attention(nn.Module(), *given, None)
+    assert all(one is other for one, other in zip(seen, given, strict=True))
+    assert out.data_ptr() == made.data_ptr()
+    assert out.shape == (2, 7, 4, 8)
