@@ -52,7 +52,10 @@ CAUSAL = {
     "Gemma3ForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, "query_pre_attn_scalar": 16},
     "GPT2LMHeadModel": {"bos_token_id": 0, "eos_token_id": None},
     "OPTForCausalLM": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH, "pad_token_id": 1},
-    "Gemma2ForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, "attn_logit_softcapping": 2.0},
+    "Gemma2ForCausalLM": {
+        **GROUPED, "sliding_window": 7, "layer_types": KINDS, "attn_logit_softcapping": 2.0,
+        "attn_implementation": "eager",  # older ones take PyTorch's, which leaves the cap out
+    },
     "GptOssForCausalLM": {**GROUPED, "sliding_window": 7, "layer_types": KINDS, **EXPERTS, "num_local_experts": 3},
     "MoshiForCausalLM": {**GROUPED, "ffn_dim": 64, "sliding_window": 6},  # a setting that its masks do not read
     "DeepseekV3ForCausalLM": {
