@@ -714,6 +714,13 @@ def test_many_sources(sources):
         torch.testing.assert_close(one.double(), true, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_ragged_map_of_all_sources_in_another_order(dtype):
+    """As many entries as sources: a matrix of the sources must not meet the entries."""
+    x, seg = rand(3, 23).to(dtype), segments(injective(23, 23).tensor_split(3), 23)
+    torch.testing.assert_close(map_labels(x, seg).double(), map_labels(x.double(), seg, impl="torch"), rtol=1e-2, atol=1e-3)
+
+
 # ---- Published maps ----
 
 

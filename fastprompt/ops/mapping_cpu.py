@@ -357,7 +357,7 @@ def _forward_cpu(
         if reduce == "weighted":
             assert seg.weights is not None
             x = x * seg.weights.float()
-        product = reduce == "mean" and plan.matrix is not None and plan.matrix.shape[1] == x.shape[1]
+        product = reduce == "mean" and plan.matrix is not None and not _is_dense(seg)  # a matrix of the entries, as x is
         if product and _all_finite(out := F.linear(x, plan.matrix)):  # type: ignore[arg-type]  # not inf * 0
             return out, ()
         out = torch.from_numpy(np.add.reduceat(x.numpy(), seg.starts[:-1].numpy(), axis=1))
